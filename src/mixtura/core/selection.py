@@ -1,0 +1,145 @@
+"""``select``: from logits to a routing. Scoring, choosing and normalizing in one pure function, described by one frozen spec.
+
+T tokens, E experts, K slots a token, G groups. With the specs of ``mixtura.hf.families`` it reproduces transformers' own
+routers bit for bit; families are data, not classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from mixtura.core import arrays
+from mixtura.core.arrays import Array
+from mixtura.core.errors import OptionError, ShapeError
+from mixtura.core.routing import Routing
+
+Score = Literal["softmax", "sigmoid", "relu", "none"]
+Order = Literal["score-topk", "topk-score"]
+GroupScore = Literal["max", "top2-sum"]
+WeightOn = Literal["output", "input"]
+
+_SCORES = {"softmax": arrays.softmax, "sigmoid": arrays.sigmoid, "relu": arrays.relu, "none": lambda x: x}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionSpec:
+    """How logits become a routing.
+
+    Attributes:
+        k: slots a token.
+        score: function of the logits that gives the scores.
+        order: "score-topk" scores all experts and keeps k of the scores; "topk-score" keeps k logits and scores those alone.
+        renormalize: None leaves the weights; p divides them by their p-norm (1: by their sum).
+        eps: added to that norm.
+        norm_min: lower bound of that norm.
+        scale: factor on the weights, after renormalizing.
+        groups: number of equal groups of experts, of which ``groups_kept`` are eligible; 1 is no grouping.
+        groups_kept: eligible groups of a token.
+        group_score: how a group is scored: its best expert, or the sum of its two best.
+        group_fill: score given to the experts of other groups; -inf excludes them, 0 (DeepSeek-V2) only pushes them back.
+        weight_on: "output" multiplies an expert's output, "input" its input (Llama 4). Read by the mixture, not by ``select``.
+
+    Raises:
+        OptionError: on a value outside of these.
+    """
+
+    k: int
+    score: Score = "softmax"
+    order: Order = "score-topk"
+    renormalize: float | None = None
+    eps: float = 0.0
+    norm_min: float = 0.0
+    scale: float = 1.0
+    groups: int = 1
+    groups_kept: int = 1
+    group_score: GroupScore = "max"
+    group_fill: float = float("-inf")
+    weight_on: WeightOn = "output"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("score", Score), ("order", Order), ("group_score", GroupScore), ("weight_on", WeightOn)):
+            _one_of(name, getattr(self, name), get_args(allowed))
+        if self.k < 1:
+            raise OptionError(f"k must be at least 1, got {self.k}")
+        if self.renormalize is not None and self.renormalize <= 0:
+            raise OptionError(f"renormalize must be None or a norm's order above 0, got {self.renormalize}")
+        if not 1 <= self.groups_kept <= self.groups:
+            raise OptionError(f"groups_kept must lie in 1 .. groups = {self.groups}, got {self.groups_kept}")
+        if self.order == "topk-score" and self.groups > 1:
+            raise OptionError("groups need order 'score-topk', got 'topk-score'")
+
+    def check_experts(self, num_experts: int) -> None:
+        """Raise ``OptionError`` unless the spec can choose among that many experts."""
+        if self.k > num_experts:
+            raise OptionError(f"k must be at most the number of experts {num_experts}, got {self.k}")
+        if num_experts % self.groups:
+            raise OptionError(f"groups must divide the number of experts {num_experts}, got {self.groups}")
+        eligible = num_experts // self.groups * self.groups_kept
+        if self.group_fill == float("-inf") and self.k > eligible:
+            raise OptionError(f"k must be at most the {eligible} experts of the groups kept, got {self.k}")
+
+
+def select(logits_TE: Array, spec: SelectionSpec, bias_E: Array | None = None) -> Routing:
+    """Choose k experts a token and weigh them.
+
+    Args:
+        logits_TE: (T, E); computed in float32 (float64 stays).
+        spec: how to score, choose and normalize.
+        bias_E: selection bias; it chooses, it never weighs (arXiv:2408.15664). Not with order "topk-score".
+
+    Returns:
+        A ``Routing`` with K = spec.k, slots by falling choice score, ties to the lowest index; weights in float32.
+
+    Raises:
+        OptionError: if the spec does not fit the number of experts.
+        ShapeError: if logits_TE has not two dimensions or bias_E not E entries.
+    """
+    arrays.require_2d("logits_TE", logits_TE)
+    spec.check_experts(logits_TE.shape[-1])
+    if bias_E is not None and tuple(bias_E.shape) != (logits_TE.shape[-1],):
+        raise ShapeError(f"bias_E must have shape ({logits_TE.shape[-1]},), got {tuple(bias_E.shape)}")
+    score = _SCORES[spec.score]
+    scores_TE = arrays.float32(logits_TE)
+    if spec.order == "topk-score":
+        if bias_E is not None:
+            raise OptionError("a selection bias needs order 'score-topk', got 'topk-score'")
+        indices_TK = arrays.top_k(scores_TE, spec.k)
+        weights_TK = score(arrays.take(scores_TE, indices_TK))
+    else:
+        scores_TE = score(scores_TE)
+        choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+        if spec.groups > 1:
+            eligible_TE = _eligible(choice_TE, spec)
+            choice_TE = arrays.where(eligible_TE, choice_TE, spec.group_fill)
+            scores_TE = arrays.where(eligible_TE, scores_TE, 0.0)
+        indices_TK = arrays.top_k(choice_TE, spec.k)
+        weights_TK = arrays.take(scores_TE, indices_TK)
+    return Routing(logits_TE, _normalize(weights_TK, spec), indices_TK)
+
+
+def _eligible(choice_TE: Array, spec: SelectionSpec) -> Array:
+    """Which experts lie in the ``groups_kept`` best groups of their token."""
+    E = choice_TE.shape[-1]
+    choice_TGM = choice_TE.reshape(-1, spec.groups, E // spec.groups)
+    best = 1 if spec.group_score == "max" else 2
+    group_scores_TG = arrays.take(choice_TGM, arrays.top_k(choice_TGM, best)).sum(-1)
+    kept = arrays.top_k(group_scores_TG, spec.groups_kept)
+    kept_TG = arrays.scatter_rows(kept, kept * 0 + 1, spec.groups) > 0
+    return arrays.repeat_last(kept_TG, E // spec.groups)
+
+
+def _normalize(weights_TK: Array, spec: SelectionSpec) -> Array:
+    if spec.renormalize is not None:
+        p = spec.renormalize
+        norm_T1 = (
+            weights_TK.sum(-1, keepdims=True) if p == 1 else (abs(weights_TK) ** p).sum(-1, keepdims=True) ** (1 / p)
+        )
+        norm_T1 = (norm_T1 + spec.eps).clip(spec.norm_min) if spec.norm_min else norm_T1 + spec.eps
+        weights_TK = weights_TK / norm_T1
+    return weights_TK * spec.scale if spec.scale != 1 else weights_TK
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,11 @@
+"""How stacked feed-forward experts are computed. A backend is ``(experts, hidden_TD, indices_TK, weights_TK) -> hidden_TD``.
+
+``naive`` is the formula, slow and obvious, and the oracle of every test; ``mixtura`` sorts slots by expert and drops nothing.
+"""
+
+from mixtura.nn.backends.naive import naive_backend
+from mixtura.nn.backends.sorted import sorted_backend
+
+BACKENDS = {"naive": naive_backend, "mixtura": sorted_backend}
+
+__all__ = ["BACKENDS", "naive_backend", "sorted_backend"]

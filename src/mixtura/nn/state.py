@@ -1,0 +1,95 @@
+"""``RouterState``: what one forward call of a model knows beyond the token, and the tape on which it records its routings.
+
+A model that holds mixtures opens one state per forward call (``mixtura.hf`` does it by a pre-hook on the base model). Routers
+and mixtures find it by ``current_state()``; outside of a model there is none and nothing is recorded. Under activation
+checkpointing ``checkpoint_context`` gives each recomputation the state of its own forward, also when two forwards precede
+one backward; what is recomputed is not recorded again.
+
+T tokens: batch and sequence flattened, row by row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from mixtura.core.routing import Routing
+
+
+class Record(NamedTuple):
+    """One mixture's decision in one forward call."""
+
+    layer: str
+    routing: Routing
+
+
+@dataclasses.dataclass
+class Tape:
+    """The decisions of one forward call, in the order of the layers."""
+
+    records: list[Record] = dataclasses.field(default_factory=list)
+
+    def write(self, layer: str, routing: Routing) -> None:
+        """Append one decision."""
+        self.records.append(Record(layer, routing))
+
+
+@dataclasses.dataclass
+class RouterState:
+    """One forward call.
+
+    Attributes:
+        mask_T: True where a token is real, False for padding; None if all are.
+        tape: what was decided.
+        recomputing: True while activation checkpointing runs a layer again.
+    """
+
+    mask_T: torch.Tensor | None = None
+    tape: Tape = dataclasses.field(default_factory=Tape)
+    recomputing: bool = False
+
+
+_CURRENT: contextvars.ContextVar[RouterState | None] = contextvars.ContextVar("mixtura_state", default=None)
+
+
+def current_state() -> RouterState | None:
+    """The state of the forward call that is running, or None outside of one."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def use_state(state: RouterState | None) -> Iterator[RouterState | None]:
+    """Make ``state`` the current one inside the ``with``."""
+    token = _CURRENT.set(state)
+    try:
+        yield state
+    finally:
+        _CURRENT.reset(token)
+
+
+def set_state(state: RouterState | None) -> None:
+    """Make ``state`` the current one until the next call; for hooks, which cannot hold a ``with`` open."""
+    _CURRENT.set(state)
+
+
+def checkpoint_context() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """``context_fn`` of ``torch.utils.checkpoint``: recomputation sees the state of its own forward."""
+    return contextlib.nullcontext(), _recompute(current_state())
+
+
+@contextlib.contextmanager
+def _recompute(state: RouterState | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    with use_state(state):
+        state.recomputing = True
+        try:
+            yield
+        finally:
+            state.recomputing = False
