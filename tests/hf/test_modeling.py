@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from pico import DENSE, SPARSE, pico, tokens
 from transformers import AutoModel, AutoModelForCausalLM
 
 from mixtura.core import FileFormatError, MixturaError, NotExpressibleError, OptionError, UnknownNameError
@@ -17,6 +16,7 @@ from mixtura.nn import ExpertGroup, Experts, Mixture
 from mixtura.nn.experts.forms import ConstantExperts, CopyExperts, ZeroExperts
 from mixtura.nn.mixture import FeedForward
 from mixtura.nn.routers.topk_softmax import TopKRouter
+from pico import DENSE, SPARSE, pico, tokens
 
 D = 32
 
@@ -255,7 +255,9 @@ def test_peft_trains_saves_and_merges(tmp_path):
 
     mixture_model().save_pretrained(tmp_path / "base")
     x = tokens()
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj"])
+    )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

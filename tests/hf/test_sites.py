@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from pico import DENSE, SPARSE, pico
 from torch import nn
 
 from mixtura.core import NotExpressibleError
 from mixtura.hf import feed_forward_sites
 from mixtura.hf.sites import decoder_layers
+from pico import DENSE, SPARSE, pico
 
 
 @pytest.mark.parametrize("base", DENSE)

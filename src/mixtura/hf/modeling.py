@@ -1,14 +1,16 @@
 """The family ``mixtura``: any decoder of transformers, some of whose layers are our mixtures.
 
-For every base family a configuration and a model class are made once, as subclasses of the base's own. The configuration
-is flat: the base's fields, ``base_model_type``, and ``mixtura = {"version": 1, "layers": {"24": Mixture.config}}``. After
-``import mixtura.hf`` the Auto classes load it like any other; on disk every expert has tensors of its own.
+For every base family a configuration and a model class are made once, as subclasses of the base's own. The
+configuration is flat: the base's fields, ``base_model_type``, and ``mixtura``, which holds a version and, by the number
+of the decoder layer, ``Mixture.config``. After ``import mixtura.hf`` the Auto classes load it like any other; on disk
+every expert has tensors of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,9 +58,8 @@ class MixturaConfig(PreTrainedConfig):
             FileFormatError: if the dictionary names no base family, or was written by a newer version.
             UnknownNameError: if this transformers does not know the base family.
         """
-        if cls is MixturaConfig:
-            cls = family(_check_dict(config_dict))[0]
-        return super(MixturaConfig, cls).from_dict(config_dict, **kwargs)
+        config_class = family(_check_dict(config_dict))[0] if cls is MixturaConfig else cls
+        return super(MixturaConfig, config_class).from_dict(config_dict, **kwargs)
 
 
 def _check_dict(config: dict[str, Any]) -> str:
@@ -103,27 +104,36 @@ class MixturaModel:
         options = getattr(gradient_checkpointing_func, "keywords", {})
         if options.get("use_reentrant") is not False:
             raise OptionError(
-                f"use_reentrant must be False, got {options.get('use_reentrant')!r}: reentrant checkpointing runs the layers "
-                "without a graph, so that no balance loss reaches a gate"
+                f"use_reentrant must be False, got {options.get('use_reentrant')!r}: reentrant checkpointing runs the "
+                "layers without a graph, so that no balance loss reaches a gate"
             )
         function = functools.partial(gradient_checkpointing_func, context_fn=checkpoint_context)
         super()._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function, **kwargs)  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
+    ) -> Any:
         """As transformers', and every tensor must be there.
 
         Raises:
-            FileFormatError: if a tensor is missing, superfluous or of another shape; nothing is left uninitialized.
+            FileFormatError: if a tensor is missing or of another shape, or a mixture's is superfluous; nothing is left
+                uninitialized.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        ignore = kwargs.get("ignore_mismatched_sizes", False)
-        for what in ("missing_keys", "unexpected_keys", *(() if ignore else ("mismatched_keys",))):
-            keys = sorted(str(key) for key in info[what])
-            if keys:
-                shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-                raise FileFormatError(f"the checkpoint has {what.replace('_', ' ')}: {shown}")
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        _refuse("missing", info["missing_keys"])
+        _refuse("unexpected", [key for key in info["unexpected_keys"] if ".mixture." in key])
+        _refuse("mismatched", [] if ignore_mismatched_sizes else info["mismatched_keys"])
         return (model, info) if output_loading_info else model
+
+
+def _refuse(what: str, keys: Iterable[Any]) -> None:
+    names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise FileFormatError(f"the checkpoint has {what} tensors: {', '.join(names[:3])}{more}")
 
 
 class _ConfiguredBackend:

@@ -14,8 +14,8 @@ from mixtura.core.files import write_folder
 
 _NATIVE = "Load it with `AutoModelForCausalLM.from_pretrained(folder)`; it is a stock `{family}` and needs no mixtura."
 _OWN = (
-    "Load it with `import mixtura.hf` and then `AutoModelForCausalLM.from_pretrained(folder)`. Programs that never import "
-    "mixtura need an export: `mixtura export FOLDER OUT`."
+    "Load it with `import mixtura.hf` and then `AutoModelForCausalLM.from_pretrained(folder)`. Programs that never "
+    "import mixtura need an export: `mixtura export FOLDER OUT`."
 )
 
 

@@ -1,4 +1,4 @@
-"""Where a decoder's feed-forward layers are, what they hold, and how one is exchanged: found by structure, not by class.
+"""Where a decoder's feed-forward layers are, what they hold, how one is exchanged: by structure, not by class.
 
 D width, F width of the feed-forward, T tokens. A layer is accepted when its parts have known names and a run on random
 tokens gives what its weights say: one argument in, one tensor out, nothing added. Everything else is refused by name.
@@ -96,7 +96,8 @@ class Site:
         """The dense weights, without copying.
 
         Raises:
-            NotExpressibleError: if there is a mixture already, or the layer computes something else than its weights say.
+            NotExpressibleError: if there is a mixture already, or the layer computes something else than its
+                weights say.
         """
         if self.kind == "mixture":
             raise NotExpressibleError(f"layer {self.layer} is a mixture already ({type(self.module).__name__})")

@@ -1,0 +1,49 @@
+"""Our backends in transformers' table of experts implementations, and theirs for our experts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+from mixtura.core.errors import unknown_name
+from mixtura.nn.backends import naive_backend, sorted_backend
+
+Backend = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+OURS: dict[str, Backend] = {"mixtura": sorted_backend, "mixtura_naive": naive_backend}
+
+for _name, _backend in OURS.items():
+    ExpertsInterface.register(_name, _backend)
+
+
+@functools.cache
+def experts_backend(name: str) -> Backend:
+    """What computes our experts under the name of an experts implementation.
+
+    Foreign backends raise or read garbage at an empty slot, so they get the last expert with weight 0 there.
+
+    Raises:
+        UnknownNameError: with the nearest name.
+    """
+    if name in OURS:
+        return OURS[name]
+    if name == "eager":
+        return naive_backend
+    if name not in ALL_EXPERTS_FUNCTIONS.keys():  # noqa: SIM118  not a plain dict
+        raise unknown_name("experts implementation", name, ["eager", *OURS, *ALL_EXPERTS_FUNCTIONS.keys()])
+    return functools.partial(_foreign, ALL_EXPERTS_FUNCTIONS[name])
+
+
+def _foreign(
+    backend: Backend,
+    experts: nn.Module,
+    hidden_TD: torch.Tensor,
+    indices_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+) -> torch.Tensor:
+    E = int(experts.num_experts)  # type: ignore[arg-type]
+    weights_TK = weights_TK.masked_fill(indices_TK >= E, 0)
+    return backend(experts, hidden_TD, indices_TK.clamp(max=E - 1), weights_TK)
