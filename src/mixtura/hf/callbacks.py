@@ -1,0 +1,85 @@
+"""Callbacks for transformers' Trainer: a progress bar, and the mark that makes a checkpoint whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from mixtura.core.files import write_file
+
+MARK = "complete.json"
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the steps of the run, with the last loss; on standard error, and only on the first process.
+
+    Args:
+        title: what stands before the bar.
+    """
+
+    def __init__(self, title: str = "train") -> None:
+        self.title = title
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar where the run stands."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step further."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the loss."""
+        if self.bar is not None and "loss" in (logs or {}):
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}")  # type: ignore[index]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the bar standing."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class CompleteMark(TrainerCallback):
+    """Writes ``complete.json`` into a checkpoint once everything else in it is on disk.
+
+    Trainer writes checkpoints in place. A process that is killed on the way leaves one without the mark, or with files of
+    another size than it says; ``newest_checkpoint`` passes over both.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Flush the checkpoint of this step and mark it."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        sizes = {}
+        for path in sorted(folder.iterdir()):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        with write_file(folder / MARK) as partial:
+            partial.write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the checkpoint has its mark, and every file has the size that the mark says."""
+    try:
+        sizes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step in a folder of Trainer's, or None."""
+    numbered = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and is_complete(path)
+    ]
+    return max(numbered)[1] if numbered else None
