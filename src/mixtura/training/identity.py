@@ -1,0 +1,63 @@
+"""Whether checkpoints belong to a run: the same recipe, the same frozen weights, the same text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mixtura.core.errors import OptionError
+from mixtura.core.files import write_file
+from mixtura.training.recipe import Recipe
+
+_NAME = "run.json"
+_SHOWN = 16  # sequences that stand for the text
+
+
+def check_same_run(folder: Path, recipe: Recipe, model: nn.Module, sequences: Any) -> None:
+    """Note in the folder which run its checkpoints are of, or compare with the note.
+
+    Raises:
+        OptionError: naming the first thing that differs.
+    """
+    own = json.loads(json.dumps(_identity(recipe, model, sequences)))
+    path = folder / _NAME
+    if not path.exists():
+        with write_file(path) as partial:
+            partial.write_text(json.dumps(own, indent=2), encoding="utf-8")
+        return
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    for name in own.keys() | noted.keys():
+        if own.get(name) != noted.get(name):
+            raise OptionError(
+                f"the checkpoints in {str(folder)!r} are of another run: {name} was {noted.get(name)!r}, is "
+                f"{own.get(name)!r}; pass resume=False to start over"
+            )
+
+
+def _identity(recipe: Recipe, model: nn.Module, sequences: Any) -> dict[str, Any]:
+    frozen = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            frozen.update(name.encode())
+            frozen.update(_bytes(parameter))
+    text = hashlib.sha256()
+    for i in range(min(_SHOWN, len(sequences))):
+        text.update(_bytes(sequences[i]["input_ids"]))
+    return {**_flat(recipe.to_dict()), "frozen weights": frozen.hexdigest(), "text": text.hexdigest()}
+
+
+def _bytes(tensor: Any) -> memoryview:
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,178 @@
+"""``train``: from a recipe to a trained model in a folder, through transformers' Trainer.
+
+Checkpoints stand in ``<out>.checkpoints`` until ``out`` is whole, and hold what is trained alone. A run that was killed, even
+in the middle of a checkpoint, goes on from the newest complete one to the same losses. Weights are safetensors; optimizer,
+schedule and random states are Trainer's own files, which it reads with ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixtura.core.errors import MixturaError, OptionError
+from mixtura.training.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run gave.
+
+    Attributes:
+        model: the trained model, in eval mode, on the device it was trained on.
+        tokenizer: its tokenizer.
+        path: the folder it was saved to.
+        history: (step, cross-entropy in nats a token) by ``log_every``, from step 1, also of a resumed run.
+        rows: every logged row, with each balance term (mean over the layers), learning rate and gradient norm.
+        tokens_trained: tokens read over the whole run.
+        seconds: that this call took.
+        resumed_from: step of the checkpoint this call went on from; 0 for none.
+    """
+
+    model: Any
+    tokenizer: Any
+    path: Path
+    history: list[tuple[int, float]]
+    rows: list[dict[str, float]]
+    tokens_trained: int
+    seconds: float
+    resumed_from: int
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    corpus: Any = None,
+    receipts: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> TrainResult:
+    """Train and save.
+
+    Exact today: the cross-entropy under accumulation, and all of it when a step is one forward pass. Under accumulation a
+    load-balancing term is the mean of the micro-batches' terms (see ``mixtura.hf.losses.balance_loss``). One process only.
+
+    Args:
+        recipe: what to do.
+        out: new or empty folder for the model.
+        model: to start from, instead of what ``recipe.model`` and ``recipe.upcycle`` would give; it is trained in place.
+        tokenizer: of that model.
+        corpus: instead of loading the recipe's domains.
+        receipts: of what made ``model``, by step; for the card.
+        resume: whether to go on from the newest complete checkpoint of the same run; False starts over.
+        progress: whether a bar is shown on standard error.
+
+    Raises:
+        OptionError: if ``out`` exists, the checkpoints are of another run, or the recipe does not fit the model.
+        MixturaError: if the disk is full (the last complete checkpoint stays) or the loss is not finite.
+    """
+    from mixtura.hf.save import save_model
+    from mixtura.training.parameters import freeze_all_but
+    from mixtura.training.sequences import Sequences
+    from mixtura.training.setup import build_trainer, quiet, release
+    from mixtura.training.start import starting_point
+
+    started, out = time.perf_counter(), Path(out)
+    _check_out(out)
+    if model is None:
+        model, tokenizer, receipts = starting_point(recipe)
+    trained = freeze_all_but(model, recipe.train)
+    sequences = Sequences.of(recipe, tokenizer, corpus)
+    checkpoints = out.with_name(out.name + ".checkpoints")
+    with _full_disk_named(checkpoints), quiet():
+        trainer = build_trainer(recipe, model, trained, sequences, checkpoints, progress=progress)
+        checkpoint = _checkpoint(recipe, model, sequences, checkpoints, resume=resume)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        release(trainer)
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        numbers = _numbers(recipe, rows, trained)
+        command = f"mixtura train recipe.yaml {out.name}"
+        save_model(
+            model,
+            out,
+            tokenizer=tokenizer,
+            parents=(recipe.model,),
+            receipts=receipts,
+            recipe=recipe.to_dict(),
+            numbers=numbers,
+            command=command,
+        )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    history = [(int(row["step"]), row["cross_entropy"]) for row in rows]
+    seconds = time.perf_counter() - started
+    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    return TrainResult(model.eval(), tokenizer, out, history, rows, recipe.training_tokens, seconds, step)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse before the work what ``write_folder`` would refuse after it."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise OptionError(f"out must be a new or empty folder, but {str(out)!r} exists")
+
+
+def _checkpoint(recipe: Recipe, model: Any, sequences: Any, folder: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from; what is half-written is removed."""
+    from mixtura.hf.callbacks import is_complete, newest_checkpoint
+    from mixtura.training.identity import check_same_run
+    from mixtura.training.trainer import check_state
+
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_same_run(folder, recipe, model, sequences)
+    for path in folder.glob("checkpoint-*"):
+        if not is_complete(path):
+            shutil.rmtree(path)
+    found = newest_checkpoint(folder)
+    if found is not None:
+        check_state(model, found)
+    return found
+
+
+def _numbers(recipe: Recipe, rows: list[dict[str, float]], trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {
+        "steps": recipe.train.steps,
+        "tokens read": recipe.training_tokens,
+        "trained parameters": sum(parameter.numel() for parameter in trained.values()),
+    }
+    if rows:
+        numbers |= {f"cross-entropy at step {row['step']}": round(row["cross_entropy"], 4) for row in (rows[0], rows[-1])}
+    return numbers
+
+
+@contextlib.contextmanager
+def _full_disk_named(checkpoints: Path) -> Iterator[None]:
+    """Turn a failed write into one line, and remove the half-written checkpoint."""
+    from safetensors import SafetensorError
+
+    from mixtura.hf.callbacks import is_complete, newest_checkpoint
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_failed_write(error):
+            raise
+        for path in checkpoints.glob("checkpoint-*"):
+            if not is_complete(path):
+                shutil.rmtree(path, ignore_errors=True)
+        last = newest_checkpoint(checkpoints)
+        kept = "there is no complete checkpoint yet" if last is None else f"{last.name} is complete"
+        raise MixturaError(
+            f"could not write beside {str(checkpoints)!r}, the disk is full ({error}); {kept}: free space and run again"
+        ) from error
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    """No space left; torch's archive writer loses the errno and names the file of its source instead."""
+    text = str(error)
+    return getattr(error, "errno", None) == 28 or "os error 28" in text or "inline_container" in text
