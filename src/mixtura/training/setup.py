@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments, get_scheduler
+from transformers.utils import logging
 
 from mixtura.core.errors import OptionError
 from mixtura.hf import mixtures
@@ -110,10 +110,16 @@ def release(trainer: MixtureTrainer) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Errors of transformers alone; a checkpoint without the frozen weights would be warned about at every resume."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Errors of transformers alone, and no bars of its own.
+
+    A checkpoint without the frozen weights, which is what ours are, would be warned about at every resume.
+    """
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
