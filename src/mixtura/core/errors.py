@@ -29,7 +29,7 @@ class UnknownNameError(MixturaError, KeyError):
 
 
 class NotExpressibleError(MixturaError, ValueError):
-    """A model, router or layer lies outside of what the asked form can hold; the message names the missing capability."""
+    """A model, router or layer lies outside of what a form can hold; the message names the missing capability."""
 
 
 class FileFormatError(MixturaError, ValueError):

@@ -14,7 +14,7 @@ from mixtura.core.errors import OptionError
 
 
 def cache_folder() -> Path:
-    """Where fetched things are kept: ``$MIXTURA_CACHE``, else ``$XDG_CACHE_HOME/mixtura``, else ``~/.cache/mixtura``."""
+    """Where fetched things are: ``$MIXTURA_CACHE``, else ``$XDG_CACHE_HOME/mixtura``, else ``~/.cache/mixtura``."""
     own = os.environ.get("MIXTURA_CACHE")
     if own:
         return Path(own)
@@ -29,7 +29,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def write_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place when the block ends well and is removed when it does not."""
+    """A temporary path beside ``path``, which takes its place when the block ends well and is removed otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix=path.suffix)
@@ -45,7 +45,7 @@ def write_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``out``, which takes its place when the block ends well and is removed when it does not.
+    """A temporary folder beside ``out``, which takes its place when the block ends well and is removed otherwise.
 
     Args:
         out: the folder to write; its parents are made.

@@ -87,7 +87,8 @@ def method(
 ) -> Callable[[Builder], Builder]:
     """Register a class or function as a method.
 
-    A class also gets ``method_config``: after construction it holds ``{"method": key, **arguments}``, which builds an equal one.
+    An instance of the class also gets ``method_config``, ``{"method": key, **arguments}``, which builds an equal one;
+    that of a subclass only if it is registered itself.
 
     Args:
         key: the catalogue's name; must be new.
@@ -102,7 +103,7 @@ def method(
 
     def register(build: Builder) -> Builder:
         known = _TABLE.get(key)
-        if known is not None and known.build.__qualname__ != build.__qualname__:
+        if known is not None and _place(known.build) != _place(build):
             raise OptionError(f"method {key!r} is taken by {known.module}, cannot register {build.__module__}")
         if inspect.isclass(build):
             _remember_arguments(build, key)
@@ -154,14 +155,18 @@ def load_all() -> None:
             logger.warning("plug-in %s of group %s could not be loaded: %s", entry.name, PLUGINS, error)
 
 
+def _place(build: Callable[..., Any]) -> tuple[str, str]:
+    return build.__module__, build.__qualname__
+
+
 def _import_folder(folder: str) -> list[types.ModuleType]:
     package = importlib.import_module(folder)
     return [importlib.import_module(f"{folder}.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
 
 
-def _remember_arguments(cls: type, key: str) -> None:
+def _remember_arguments(cls: Any, key: str) -> None:
     """Wrap ``cls.__init__`` so that the instance keeps its arguments in ``method_config``."""
-    original = cls.__init__  # type: ignore[misc]
+    original = cls.__init__
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -169,6 +174,8 @@ def _remember_arguments(cls: type, key: str) -> None:
         bound = signature.bind(self, *args, **options)
         bound.apply_defaults()
         original(self, *args, **options)
-        self.method_config = {"method": key, **{k: v for k, v in list(bound.arguments.items())[1:]}}
+        if type(self) is cls:
+            arguments = dict(list(bound.arguments.items())[1:])
+            self.method_config = {"method": key, **arguments}
 
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = __init__

@@ -1,12 +1,13 @@
 """``Routing``: who works, and how much it counts.
 
-T tokens, E experts, K slots a token. Index E is an empty slot: "no choice", weight 0. A routing is a sparse T x E matrix,
-stored row by row in K slots; responsibilities of a Gaussian mixture and choices of an agent mixture are the same object.
-Statistics are free functions that work on numpy arrays and torch tensors alike.
+T tokens, E experts, K slots a token. Index E is an empty slot: "no choice", weight 0. A routing is a sparse T x E
+matrix, stored row by row in K slots; responsibilities of a Gaussian mixture and choices of an agent mixture are the
+same object. Statistics are free functions that work on numpy arrays and torch tensors alike.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from mixtura.core import arrays
@@ -37,7 +38,8 @@ def check(routing: Routing) -> Routing:
     """Return the routing if it keeps the contract.
 
     Raises:
-        ShapeError: if shapes disagree, an index lies outside of 0 .. E, an empty slot has weight, or a token names an expert twice.
+        ShapeError: if shapes disagree, an index lies outside of 0 .. E, an empty slot has weight, or a token names an
+            expert twice.
     """
     logits_TE, weights_TK, indices_TK = routing
     arrays.require_2d("logits_TE", logits_TE)
@@ -49,9 +51,8 @@ def check(routing: Routing) -> Routing:
         )
     E = routing.num_experts
     if ((indices_TK < 0) | (indices_TK > E)).any():
-        raise ShapeError(
-            f"indices_TK must lie in 0 .. {E} ({E} = empty slot), got {int(indices_TK.min())} .. {int(indices_TK.max())}"
-        )
+        low, high = int(indices_TK.min()), int(indices_TK.max())
+        raise ShapeError(f"indices_TK must lie in 0 .. {E} ({E} = empty slot), got {low} .. {high}")
     if (weights_TK[indices_TK == E] != 0).any():
         raise ShapeError("an empty slot must have weight 0")
     if (scatter_count(routing)[:, :E] > 1).any():
@@ -79,9 +80,9 @@ def keep(routing: Routing, mask_T: Array) -> Routing:
         mask_T: True where a token is to be routed; padding is False.
 
     Raises:
-        ShapeError: if mask_T has another length than the routing.
+        ShapeError: if mask_T has another length than the routing, or is not boolean.
     """
-    _check_mask(routing, mask_T)
+    check_mask(routing, mask_T)
     kept_T1 = mask_T[:, None]
     return Routing(
         routing.logits_TE,
@@ -94,7 +95,7 @@ def counts(routing: Routing, mask_T: Array | None = None) -> Array:
     """Slots that each expert got, (E,), as integers; ``mask_T`` is True where a token counts."""
     indices_TK = routing.indices_TK
     if mask_T is not None:
-        _check_mask(routing, mask_T)
+        check_mask(routing, mask_T)
         indices_TK = indices_TK[mask_T]
     return arrays.count(indices_TK, routing.num_experts + 1)[: routing.num_experts]
 
@@ -109,7 +110,7 @@ def importance(routing: Routing, mask_T: Array | None = None) -> Array:
     """Share of the gate's weight that each expert got, (E,) (Shazeer et al., arXiv:1701.06538, eq. 6)."""
     g_TE = dense(routing)
     if mask_T is not None:
-        _check_mask(routing, mask_T)
+        check_mask(routing, mask_T)
         g_TE = g_TE[mask_T]
     total_E = g_TE.sum(0)
     total = total_E.sum()
@@ -117,7 +118,10 @@ def importance(routing: Routing, mask_T: Array | None = None) -> Array:
 
 
 def violation(load_E: Array) -> float:
-    """Maximal violation of balance, max(load) / mean(load) - 1; 0 at balance, E - 1 when one expert takes all (arXiv:2408.15664, eq. 4)."""
+    """Maximal violation of balance, max(load) / mean(load) - 1 (arXiv:2408.15664, eq. 4).
+
+    0 at balance, E - 1 when one expert takes all, and 0 by convention when no slot is filled.
+    """
     mean = float(load_E.sum()) / len(load_E)
     return float(load_E.max()) / mean - 1 if mean else 0.0
 
@@ -129,11 +133,13 @@ def entropy(p_E: Array) -> float:
 
 def effective_experts(p_E: Array) -> float:
     """exp(entropy): how many experts would do as much if all worked equally; 1 .. E."""
-    import math
-
     return math.exp(entropy(p_E))
 
 
-def _check_mask(routing: Routing, mask_T: Array) -> None:
-    if tuple(mask_T.shape) != (len(routing.indices_TK),):
-        raise ShapeError(f"mask_T must have shape ({len(routing.indices_TK)},), got {tuple(mask_T.shape)}")
+def check_mask(routing: Routing, mask_T: Array) -> None:
+    """Raise ``ShapeError`` unless ``mask_T`` is boolean, one entry a token; zeros and ones would pick rows 0 and 1."""
+    if tuple(mask_T.shape) != (len(routing.indices_TK),) or not str(mask_T.dtype).endswith("bool"):
+        raise ShapeError(
+            f"mask_T must be boolean of shape ({len(routing.indices_TK)},), "
+            f"got {mask_T.dtype} of shape {tuple(mask_T.shape)}"
+        )

@@ -1,12 +1,13 @@
-"""``select``: from logits to a routing. Scoring, choosing and normalizing in one pure function, described by one frozen spec.
+"""``select``: from logits to a routing. Scoring, choosing and normalizing in one pure function and one frozen spec.
 
-T tokens, E experts, K slots a token, G groups. With the specs of ``mixtura.hf.families`` it reproduces transformers' own
-routers bit for bit; families are data, not classes.
+T tokens, E experts, K slots a token, G groups of M experts. With the specs of ``mixtura.hf.families`` it reproduces
+transformers' own routers bit for bit; families are data, not classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from mixtura.core import arrays
@@ -19,7 +20,12 @@ Order = Literal["score-topk", "topk-score"]
 GroupScore = Literal["max", "top2-sum"]
 WeightOn = Literal["output", "input"]
 
-_SCORES = {"softmax": arrays.softmax, "sigmoid": arrays.sigmoid, "relu": arrays.relu, "none": lambda x: x}
+_SCORES: dict[str, Callable[[Array], Array]] = {
+    "softmax": arrays.softmax,
+    "sigmoid": arrays.sigmoid,
+    "relu": arrays.relu,
+    "none": lambda x: x,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,16 +35,19 @@ class SelectionSpec:
     Attributes:
         k: slots a token.
         score: function of the logits that gives the scores.
-        order: "score-topk" scores all experts and keeps k of the scores; "topk-score" keeps k logits and scores those alone.
-        renormalize: None leaves the weights; p divides them by their p-norm (1: by their sum).
+        order: "score-topk" scores all experts and keeps k of the scores; "topk-score" keeps k logits and scores those.
+        renormalize: None leaves the weights; p divides them by their p-norm (1: the sum of their absolute values).
+            Weights that are all 0 stay 0.
         eps: added to that norm.
         norm_min: lower bound of that norm.
         scale: factor on the weights, after renormalizing.
         groups: number of equal groups of experts, of which ``groups_kept`` are eligible; 1 is no grouping.
         groups_kept: eligible groups of a token.
         group_score: how a group is scored: its best expert, or the sum of its two best.
-        group_fill: score given to the experts of other groups; -inf excludes them, 0 (DeepSeek-V2) only pushes them back.
-        weight_on: "output" multiplies an expert's output, "input" its input (Llama 4). Read by the mixture, not by ``select``.
+        group_fill: score given to the experts of other groups; -inf excludes them, 0 (DeepSeek-V2) only pushes them
+            back.
+        weight_on: "output" multiplies an expert's output, "input" its input (Llama 4). Read by the mixture, not by
+            ``select``.
 
     Raises:
         OptionError: on a value outside of these.
@@ -130,13 +139,13 @@ def _eligible(choice_TE: Array, spec: SelectionSpec) -> Array:
 
 
 def _normalize(weights_TK: Array, spec: SelectionSpec) -> Array:
-    if spec.renormalize is not None:
-        p = spec.renormalize
-        norm_T1 = (
-            weights_TK.sum(-1, keepdims=True) if p == 1 else (abs(weights_TK) ** p).sum(-1, keepdims=True) ** (1 / p)
-        )
-        norm_T1 = (norm_T1 + spec.eps).clip(spec.norm_min) if spec.norm_min else norm_T1 + spec.eps
-        weights_TK = weights_TK / norm_T1
+    p = spec.renormalize
+    if p is not None:
+        powers_T1 = (abs(weights_TK) ** p if p != 1 else abs(weights_TK)).sum(-1, keepdims=True)
+        # 0 / 0 is NaN forward, and the root of 0 is NaN backward
+        powers_T1 = arrays.where(powers_T1 != 0, powers_T1, 1.0)
+        norm_T1 = (powers_T1 if p == 1 else powers_T1 ** (1 / p)) + spec.eps
+        weights_TK = weights_TK / (norm_T1.clip(spec.norm_min) if spec.norm_min else norm_T1)
     return weights_TK * spec.scale if spec.scale != 1 else weights_TK
 
 

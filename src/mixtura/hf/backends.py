@@ -19,11 +19,13 @@ for _name, _backend in OURS.items():
     ExpertsInterface.register(_name, _backend)
 
 
-@functools.cache
 def experts_backend(name: str) -> Backend:
     """What computes our experts under the name of an experts implementation.
 
     Foreign backends raise or read garbage at an empty slot, so they get the last expert with weight 0 there.
+
+    Args:
+        name: "mixtura", "mixtura_naive", "eager" (the naive one) or any that is registered in ``ExpertsInterface``.
 
     Raises:
         UnknownNameError: with the nearest name.
@@ -32,12 +34,12 @@ def experts_backend(name: str) -> Backend:
         return OURS[name]
     if name == "eager":
         return naive_backend
-    if name not in ALL_EXPERTS_FUNCTIONS.keys():  # noqa: SIM118  not a plain dict
-        raise unknown_name("experts implementation", name, ["eager", *OURS, *ALL_EXPERTS_FUNCTIONS.keys()])
-    return functools.partial(_foreign, ALL_EXPERTS_FUNCTIONS[name])
+    if name not in ALL_EXPERTS_FUNCTIONS:
+        raise unknown_name("experts implementation", name, ["eager", *ALL_EXPERTS_FUNCTIONS])
+    return functools.partial(_without_empty_slots, ALL_EXPERTS_FUNCTIONS[name])
 
 
-def _foreign(
+def _without_empty_slots(
     backend: Backend,
     experts: nn.Module,
     hidden_TD: torch.Tensor,

@@ -87,19 +87,23 @@ class Mixture(nn.Module):
         weights_TK = routing.weights_TK.to(hidden_TD.dtype)
         if self.router.spec.weight_on == "output":  # type: ignore[union-attr]
             return self.experts(hidden_TD, routing.indices_TK, weights_TK)  # type: ignore[no-any-return]
-        T, K = weights_TK.shape
-        weighted_SD = (weights_TK[..., None] * hidden_TD[:, None]).reshape(T * K, -1)
+        (T, K), D = weights_TK.shape, hidden_TD.shape[-1]
+        weighted_SD = (weights_TK[..., None] * hidden_TD[:, None]).reshape(T * K, D)
         indices_S1 = routing.indices_TK.reshape(-1, 1)
         filled_S1 = (indices_S1 < routing.num_experts).to(hidden_TD.dtype)
-        return self.experts(weighted_SD, indices_S1, filled_S1).view(T, K, -1).sum(1)  # type: ignore[no-any-return]
+        return self.experts(weighted_SD, indices_S1, filled_S1).view(T, K, D).sum(1)  # type: ignore[no-any-return]
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``from_config`` builds an equal (not yet trained) mixture from; plain JSON."""
+        """What ``from_config`` builds an equal (not yet trained) mixture from; plain JSON.
+
+        Raises:
+            OptionError: if the router or a form of experts is no registered method.
+        """
         forms = self.experts.forms if isinstance(self.experts, ExpertGroup) else [self.experts]
         return {
-            "router": self.router.method_config,
-            "experts": [form.method_config for form in forms],  # type: ignore[union-attr]
+            "router": _method_config(self.router),
+            "experts": [_method_config(form) for form in forms],
             "shared": None if self.shared is None else self.shared.config,
         }
 
@@ -116,5 +120,18 @@ class Mixture(nn.Module):
             raise OptionError(f"a mixture has the entries router, experts, shared; got {sorted(config)}")
         forms = [registry.build(form) for form in config["experts"]]
         experts = forms[0] if len(forms) == 1 else ExpertGroup(forms)
-        shared = FeedForward(**config["shared"]) if config.get("shared") else None
-        return cls(registry.build(config["router"]), experts, shared, layer=layer)
+        return cls(registry.build(config["router"]), experts, _shared(config.get("shared")), layer=layer)
+
+
+def _method_config(module: nn.Module) -> dict[str, Any]:
+    config: dict[str, Any] | None = getattr(module, "method_config", None)
+    if config is None:
+        raise OptionError(f"{type(module).__name__} has no configuration: register the class with @method")
+    return config
+
+
+def _shared(options: Mapping[str, Any] | None) -> FeedForward | None:
+    try:
+        return None if options is None else FeedForward(**options)
+    except TypeError as error:
+        raise OptionError(f"shared: {error}") from None

@@ -1,9 +1,9 @@
-"""``RouterState``: what one forward call of a model knows beyond the token, and the tape on which it records its routings.
+"""``RouterState``: what one forward call of a model knows beyond the token, and the tape of its routings.
 
-A model that holds mixtures opens one state per forward call (``mixtura.hf`` does it by a pre-hook on the base model). Routers
-and mixtures find it by ``current_state()``; outside of a model there is none and nothing is recorded. Under activation
-checkpointing ``checkpoint_context`` gives each recomputation the state of its own forward, also when two forwards precede
-one backward; what is recomputed is not recorded again.
+A model that holds mixtures opens one state per forward call (``mixtura.hf`` does it by a pre-hook on the base model).
+Routers and mixtures find it by ``current_state()``; outside of a model there is none and nothing is recorded. Under
+activation checkpointing ``checkpoint_context`` gives each recomputation the state of its own forward, also when two
+forwards precede one backward; what is recomputed is not recorded again.
 
 T tokens: batch and sequence flattened, row by row.
 """
@@ -79,17 +79,21 @@ def set_state(state: RouterState | None) -> None:
 
 def checkpoint_context() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
     """``context_fn`` of ``torch.utils.checkpoint``: recomputation sees the state of its own forward."""
-    return contextlib.nullcontext(), _recompute(current_state())
+    return contextlib.nullcontext(), _Recompute(current_state())
 
 
-@contextlib.contextmanager
-def _recompute(state: RouterState | None) -> Iterator[None]:
-    if state is None:
-        yield
-        return
-    with use_state(state):
-        state.recomputing = True
-        try:
-            yield
-        finally:
-            state.recomputing = False
+class _Recompute(contextlib.AbstractContextManager[None]):
+    """Recomputation of one forward; entered once for every backward through it, as a generator could not be."""
+
+    def __init__(self, state: RouterState | None) -> None:
+        self.state = state
+
+    def __enter__(self) -> None:
+        self._token = _CURRENT.set(self.state)
+        if self.state is not None:
+            self.state.recomputing = True
+
+    def __exit__(self, *_: object) -> None:
+        if self.state is not None:
+            self.state.recomputing = False
+        _CURRENT.reset(self._token)

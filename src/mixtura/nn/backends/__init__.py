@@ -1,6 +1,7 @@
-"""How stacked feed-forward experts are computed. A backend is ``(experts, hidden_TD, indices_TK, weights_TK) -> hidden_TD``.
+"""How stacked feed-forward experts are computed: ``(experts, hidden_TD, indices_TK, weights_TK) -> hidden_TD``.
 
-``naive`` is the formula, slow and obvious, and the oracle of every test; ``mixtura`` sorts slots by expert and drops nothing.
+``naive`` is the formula, slow and obvious, and the oracle of every test; ``mixtura`` sorts slots by expert and drops
+nothing. Slots whose index is E or more are empty: their tokens are not touched, whatever they hold.
 """
 
 from mixtura.nn.backends.naive import naive_backend

@@ -1,8 +1,9 @@
 """The default backend: sort slots by expert, one matrix product a projection and expert, nothing dropped.
 
-T tokens, D width, E experts, K slots a token, S filled slots sorted by expert. Empty slots (index E) sort last and are cut
-off; an expert without a token costs nothing forward and gets a zero gradient. Projections are taken apart by ``unbind`` and
-slots by ``split``: indexing would make backward fill a full stack of zeros for every expert.
+T tokens, D width, E experts, K slots a token, S filled slots sorted by expert, n of them of one expert, F expert width.
+Empty slots (index E) sort last and are cut off; an expert without a token costs nothing forward and gets a zero
+gradient. Projections are taken apart by ``unbind`` and slots by ``split``: indexing would make backward fill a full
+stack of zeros for every expert.
 """
 
 from __future__ import annotations
@@ -17,31 +18,30 @@ def sorted_backend(
 ) -> torch.Tensor:
     """Compute experts slot by slot in the order of the experts; equal to ``naive_backend`` up to rounding."""
     T, K = indices_TK.shape
+    D = hidden_TD.shape[-1]
     E = int(experts.num_experts)  # type: ignore[arg-type]
     flat = indices_TK.reshape(-1)
     counts = flat.bincount(minlength=E + 1)[:E].tolist()
     slots_S = flat.argsort(stable=True)[: sum(counts)]
-    if not len(slots_S):
-        return torch.zeros_like(hidden_TD)
     out_SD = _all_experts(experts, hidden_TD[slots_S // K], counts)
-    out_SD = out_SD * weights_TK.reshape(-1)[slots_S, None]
-    out_TKD = hidden_TD.new_zeros(T * K, out_SD.shape[-1]).index_copy(0, slots_S, out_SD.to(hidden_TD.dtype))
-    return out_TKD.view(T, K, -1).sum(1)
+    out_SD = (out_SD * weights_TK.reshape(-1)[slots_S, None]).to(hidden_TD.dtype)
+    out_TKD = hidden_TD.new_zeros(T * K, D).index_copy(0, slots_S, out_SD).view(T, K, D)
+    return out_TKD.sum(1)
 
 
 def _all_experts(experts: nn.Module, hidden_SD: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """f_e of each block of tokens, blocks in the order of the experts."""
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    first_weights, first_biases = _unbind(experts, first)
+    first_weights, first_biases = _unbind(experts, "gate_up_proj" if experts.has_gate else "up_proj")
     down_weights, down_biases = _unbind(experts, "down_proj")
     act = experts._apply_gate if experts.has_gate else experts.act_fn
     blocks = []
-    for e, block_nD in enumerate(hidden_SD.split(counts)):
-        if len(block_nD):
+    for e, block_nD in enumerate(hidden_SD.split(counts)):  # type: ignore[no-untyped-call]
+        # the first one always: a call without any token still has a graph, as gradients of ranks must have partners
+        if len(block_nD) or e == 0:
             inner_nF = act(F.linear(block_nD, first_weights[e], first_biases[e]))  # type: ignore[operator]
             blocks.append(F.linear(inner_nF, down_weights[e], down_biases[e]))
     out_SD = torch.cat(blocks)
-    return experts.post_expert_norm(out_SD) if experts.has_post_expert_norm else out_SD  # type: ignore[operator, no-any-return]
+    return experts.post_expert_norm(out_SD) if experts.has_post_expert_norm else out_SD  # type: ignore[operator]
 
 
 def _unbind(

@@ -2,8 +2,8 @@
 
     loss = mean_t (logsumexp_e L_te)^2        over real tokens, of the raw logits, layer by layer
 
-Coefficient in the paper: 1e-3. Adding a constant to a token's logits leaves its routing alone and changes this loss; 0 at
-L = -log E. Gradient: 2 logsumexp(L_t) softmax(L_t) / T.
+Coefficient in the paper: 1e-3. Adding a constant to a token's logits leaves its routing alone and changes this loss; 0
+at L = -log E. Gradient: 2 logsumexp(L_t) softmax(L_t) / T.
 
 Paper versus code: in transformers only switch_transformers has it (fed with probabilities from 5.0 until 5.22).
 
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import torch
 
+from mixtura.core.arrays import float32
 from mixtura.core.registry import method
-from mixtura.core.routing import Routing
+from mixtura.core.routing import Routing, check_mask
 
 
 @method("router-z-loss", role="balance", paper="arXiv:2202.08906")
@@ -29,10 +30,14 @@ def router_z_loss(routing: Routing, *, mask_T: torch.Tensor | None = None) -> to
     Returns:
         A scalar; 0 if no token counts.
 
+    Raises:
+        ShapeError: if mask_T has another length than the routing, or is not boolean.
+
     Source:
         Zoph et al., arXiv:2202.08906, eq. 5.
     """
-    z_T = routing.logits_TE.float().logsumexp(-1)
+    z_T: torch.Tensor = float32(routing.logits_TE).logsumexp(-1)
     if mask_T is not None:
+        check_mask(routing, mask_T)
         z_T = z_T[mask_T]
     return z_T.square().sum() / max(len(z_T), 1)

@@ -1,6 +1,7 @@
 """Activations by the names that model configurations use.
 
-``gelu_new`` and its kin are written as transformers writes them, so that an upcycled model is bit-equal to its dense one.
+``gelu_new`` and its kin are written as transformers writes them, so that an upcycled model is bit-equal to its dense
+one.
 """
 
 from __future__ import annotations

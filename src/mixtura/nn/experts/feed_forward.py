@@ -8,7 +8,8 @@ E experts, D width, F expert width. In memory, by layout (C = 2F gated, F plain)
     interleaved   gate and up alternate along C, gate at even places
     biases        gate_up_proj_bias (E, C)              down_proj_bias (E, D)
 
-The attributes are those that transformers' backends read, so any backend computes these experts and ours compute theirs.
+The attributes are those that transformers' backends read, so any backend computes these experts and ours compute
+theirs.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def view_expert(experts: nn.Module, e: int) -> ExpertView:
     gate, up = _halves(first_CD, experts)
     gate_bias, up_bias = (None, None) if first_bias_C is None else _halves(first_bias_C, experts)
     assert up is not None
-    return ExpertView(gate, up, down_DF, gate_bias, up_bias, experts.down_proj_bias[e] if experts.has_bias else None)  # type: ignore[index]
+    down_bias_D = experts.down_proj_bias[e] if experts.has_bias else None  # type: ignore[index]
+    return ExpertView(gate, up, down_DF, gate_bias, up_bias, down_bias_D)
 
 
 def _halves(first_C: torch.Tensor, experts: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -121,7 +123,10 @@ class Experts(nn.Module):
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draw weights from N(0, std^2); biases start at 0."""
         for name, parameter in self.named_parameters():
-            nn.init.zeros_(parameter) if name.endswith("_bias") else nn.init.normal_(parameter, std=std)
+            if name.endswith("_bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
 
     def _apply_gate(self, gate_up_SC: torch.Tensor) -> torch.Tensor:
         """act(gate) * up; the name is the one that transformers' backends call."""

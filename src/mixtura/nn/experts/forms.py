@@ -4,8 +4,8 @@
     copy      f(x) = x
     constant  f(x) = a_1 x + a_2 v,  (a_1, a_2) = softmax(W x),  v and W learned
 
-They cost nothing (a constant expert 2 D), so a token that needs less work can choose less. Each has indices of its own in a
-group; an empty slot means no choice and is none of them.
+They cost nothing (a constant expert 2 D), so a token that needs less work can choose less. Each has indices of its own
+in a group; an empty slot means no choice and is none of them.
 
 Reference: Jin et al. (MoE++), arXiv:2410.07348, eq. 4-6; Zeng et al. (AdaMoE), arXiv:2406.13233, for null experts.
 """

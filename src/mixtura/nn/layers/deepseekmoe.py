@@ -1,13 +1,16 @@
 """DeepSeekMoE: finer experts, and some that are always on.
 
-    N experts of width h, K chosen  ->  mN experts of width h/m, of which s are shared (every token passes them with weight 1)
-    y = sum_{shared} f(x) + sum_{i in top(mK - s)} w_i f_i(x),    w = softmax(x W^T) over the mN - s routed experts, float32
+    N experts of width h, K chosen  ->  mN experts of width h/m, s of them shared: every token passes them with weight 1
+    y = sum_{shared} f(x) + sum_{i in top(mK - s)} w_i f_i(x)
+    w = softmax(x W^T) over the mN - s routed experts, in float32
 
-The same expert parameters and the same work a token whatever m is (the router grows as mN D); C(mN, mK) combinations instead of
-C(N, K): 16 choose 2 is 120, 64 choose 8 is 4,426,165,368. The shared experts are stored as ONE feed-forward of width s h/m.
+The same expert parameters and the same work a token whatever m is (the router grows as mN D); C(mN, mK) combinations
+instead of C(N, K): 16 choose 2 is 120, 64 choose 8 is 4,426,165,368. The shared experts are stored as ONE feed-forward
+of width s h/m.
 
-Paper versus code: the released 16B has k = 6 of 64, 2 shared and weights that are not renormalized, and so have we by default.
-Its balance loss is attached by an autograd identity and never shows in the logged loss; ours is ``load-balancing``.
+Paper versus code: the released 16B has k = 6 of 64, 2 shared and weights that are not renormalized, and so have we by
+default. Its balance loss is attached by an autograd identity and never shows in the logged loss; ours is
+``load-balancing``.
 
 Reference: Dai et al., arXiv:2401.06066, eq. 3-11.
 """

@@ -15,7 +15,7 @@ from mixtura.nn.state import current_state
 
 
 class LinearGate(nn.Module):
-    """logits = x W^T (+ b), always in float32, also under autocast and in models of lower precision.
+    """logits = x W^T (+ b), in float32 also under autocast and in models of lower precision; float64 stays.
 
     Args:
         dim: D, width of the tokens.
@@ -37,9 +37,11 @@ class LinearGate(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """Logits (T, E) in float32."""
+        """Logits (T, E) in float32, or in float64 for tokens in float64."""
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            return F.linear(hidden_TD.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            return F.linear(hidden_TD.to(wide), self.weight.to(wide), bias)
 
 
 class Router(nn.Module):
@@ -67,7 +69,11 @@ class Router(nn.Module):
         return None
 
     def forward(self, hidden_TD: torch.Tensor) -> Routing:
-        """Route T tokens; padding, known from the current ``RouterState``, gets empty slots."""
+        """Route T tokens; padding, known from the current ``RouterState``, gets empty slots.
+
+        Raises:
+            ShapeError: if the state's mask is of another number of tokens.
+        """
         routing = select(self.gate(hidden_TD), self.spec, self.selection_bias_E)
         state = current_state()
         return routing if state is None or state.mask_T is None else keep(routing, state.mask_T)

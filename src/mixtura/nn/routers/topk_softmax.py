@@ -3,19 +3,20 @@
     L = x W^T in float32 (T, E);  weights and indices (T, K) = select(L, spec)
 
 Five switches give every published variant: ``score`` (softmax, sigmoid, relu, none), ``order`` (score before or after
-choosing), ``renormalize`` (none, by the sum, by a p-norm), ``scale`` (after renormalizing) and ``weight_on`` (the expert's
-output, or its input as in Llama 4).
+choosing), ``renormalize`` (none, by the sum, by a p-norm), ``scale`` (after renormalizing) and ``weight_on`` (the
+expert's output, or its input as in Llama 4).
 
     Switch    k=1, weight = p_max                       renormalize=None
     GShard, Mixtral    k=2, divided by their sum         renormalize=1
     Granite, gpt-oss   softmax over the chosen logits    order="topk-score"   (equal to Mixtral's)
     DeepSeek-V3        sigmoid, divided by the sum, times 2.5
 
-Paper versus code: Shazeer's noise and capacities (tokens dropped) are no part of this router; Mixtral and everyone after
-it drops nothing. A top-1 gate that is renormalized has weight 1 whatever its logits are: it gets no gradient, and says so.
+Paper versus code: Shazeer's noise and capacities (tokens dropped) are no part of this router; Mixtral and everyone
+after it drops nothing. A top-1 gate that is renormalized has weight 1 whatever its logits are: it gets no gradient, and
+says so.
 
-Reference: Shazeer et al., arXiv:1701.06538; Lepikhin et al., arXiv:2006.16668; Fedus et al., arXiv:2101.03961; Jiang et al.,
-arXiv:2401.04088.
+Reference: Shazeer et al., arXiv:1701.06538; Lepikhin et al., arXiv:2006.16668; Fedus et al., arXiv:2101.03961; Jiang et
+al., arXiv:2401.04088.
 """
 
 from __future__ import annotations
