@@ -39,7 +39,9 @@ SPARSE = {
 def pico(model_type, **options):
     """A random model of a family, in eval mode; equal for equal arguments."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**{**COMMON, **DENSE.get(model_type, {}), **SPARSE.get(model_type, {}), **options})
+    config = CONFIG_MAPPING[model_type](
+        **{**COMMON, **DENSE.get(model_type, {}), **SPARSE.get(model_type, {}), **options}
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from mixtura.core.errors import NotExpressibleError
+from mixtura.nn.dense import FeedForwardWeights
 from mixtura.nn.experts.activations import ACTIVATIONS
 from mixtura.nn.mixture import Mixture
 
@@ -24,26 +24,6 @@ _FUSED = ("gate_up_proj", "down_proj")
 _PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("up_proj", "down_proj"))
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 _DROPOUT_NAMES = ("dropout",)
-
-
-class FeedForwardWeights(NamedTuple):
-    """A dense feed-forward layer, whatever its family calls the parts: down(act(gate x) * up x), or down(act(up x))."""
-
-    gate_FD: torch.Tensor | None
-    up_FD: torch.Tensor
-    down_DF: torch.Tensor
-    gate_bias_F: torch.Tensor | None
-    up_bias_F: torch.Tensor | None
-    down_bias_D: torch.Tensor | None
-    activation: str
-
-    def __call__(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """The layer as a formula."""
-        act = ACTIVATIONS[self.activation]
-        up_TF = F.linear(hidden_TD, self.up_FD, self.up_bias_F)
-        gated = self.gate_FD is not None
-        inner_TF = act(F.linear(hidden_TD, self.gate_FD, self.gate_bias_F)) * up_TF if gated else act(up_TF)  # type: ignore[arg-type]
-        return F.linear(inner_TF, self.down_DF, self.down_bias_D)
 
 
 class Holder(nn.Module):

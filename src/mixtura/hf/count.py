@@ -1,0 +1,63 @@
+"""Parameters of a model: all, and those that work on one token.
+
+A mixture of E experts of which a token chooses k counts its k largest experts as active; everything else counts whole,
+embeddings too. Tied weights count once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from mixtura.nn.experts.group import ExpertGroup
+from mixtura.nn.mixture import Mixture
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters.
+
+    Attributes:
+        total: all.
+        active: those that a token passes, at most.
+        trainable: those that require a gradient.
+    """
+
+    total: int
+    active: int
+    trainable: int
+
+
+def count_parameters(model: nn.Module) -> Counts:
+    """Count; native mixtures are found by their stacked experts, ours by their class."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    idle, inside = 0, set()
+    for module in model.modules():
+        if isinstance(module, Mixture):
+            idle += _idle(_sizes(module.experts), module.router.spec.k)  # type: ignore[union-attr, arg-type]
+            inside.update(id(part) for part in module.modules())
+        elif id(module) not in inside and _is_native(module):
+            idle += _idle(_sizes(module), _native_k(model))
+    return Counts(total, total - idle, trainable)
+
+
+def _sizes(experts: nn.Module) -> list[int]:
+    """Parameters of each expert."""
+    if isinstance(experts, ExpertGroup):
+        return [size for form in experts.forms for size in _sizes(form)]
+    number = int(experts.num_experts)  # type: ignore[arg-type]
+    return [sum(parameter.numel() for parameter in experts.parameters()) // number] * number
+
+
+def _idle(sizes: list[int], k: int) -> int:
+    return sum(sorted(sizes, reverse=True)[k:])
+
+
+def _is_native(module: nn.Module) -> bool:
+    down = getattr(module, "down_proj", None)
+    return isinstance(down, nn.Parameter) and down.ndim == 3 and hasattr(module, "num_experts")
+
+
+def _native_k(model: nn.Module) -> int:
+    return int(model.config.num_experts_per_tok)  # type: ignore[union-attr, arg-type]

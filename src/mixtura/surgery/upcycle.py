@@ -1,0 +1,123 @@
+"""``upcycle``: dense feed-forward layers of a model become mixtures, and a receipt says what that changed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from mixtura.core import registry
+from mixtura.core.errors import MixturaError, OptionError, unknown_name
+from mixtura.surgery.layers import chosen_layers
+
+TOLERANCE = 1e-4  # of logits in float32
+
+
+class Upcycled(NamedTuple):
+    """A model of the family, and its receipt.
+
+    Attributes:
+        model: shares its other weights with the dense model, which must not be used any more.
+        receipt: plain JSON.
+    """
+
+    model: Any
+    receipt: dict[str, Any]
+
+
+def upcycle(
+    model: Any,
+    method: str = "sparse-upcycling",
+    *,
+    layers: str | Sequence[int] = "every:2",
+    tokens_BQ: torch.Tensor | None = None,
+    router_rows: Mapping[int, torch.Tensor] | None = None,
+    **options: Any,
+) -> Upcycled:
+    """Turn feed-forward layers into mixtures and check what was promised.
+
+    Args:
+        model: causal language model of transformers.
+        method: key of a surgery that makes a mixture of a dense layer.
+        layers: "all", "last:6", "first:2", "every:2", "24-29", or numbers.
+        tokens_BQ: token ids that the logits are compared on; by default 2 x 64 drawn ones.
+        router_rows: by layer, rows (C, D) of the router, as ``mixtura.surgery.fitted_router`` gives them.
+        **options: of the method.
+
+    Raises:
+        OptionError: on an unknown or wrong option, or layers that do not exist.
+        NotExpressibleError: if a layer is no dense feed-forward of a known structure.
+        MixturaError: if logits differ although the method promised that they do not.
+    """
+    from mixtura.hf import convert, feed_forward_sites
+    from mixtura.hf.count import count_parameters
+
+    made_by = _surgery(method)
+    numbers = chosen_layers(layers, model.config.num_hidden_layers)
+    tokens_BQ = _default_tokens(model) if tokens_BQ is None else tokens_BQ
+    before, counts = _logits(model, tokens_BQ), count_parameters(model)
+    sites = feed_forward_sites(model)
+    made = {}
+    for i in numbers:
+        rows = {} if router_rows is None else {"router_rows_CD": router_rows[i]}
+        made[i] = made_by(sites[i].read(), **options, **rows)
+    promised = all(conversion.preserves for conversion in made.values())
+    converted = convert(model, {i: conversion.mixture for i, conversion in made.items()})
+    difference = (_logits(converted, tokens_BQ) - before).abs().max()
+    after = count_parameters(converted)
+    receipt = {
+        "method": method,
+        "options": {**_defaults(made_by), **options},
+        "router": "random" if router_rows is None else "fitted",
+        "layers": numbers,
+        "preserves_the_function": promised,
+        "max_logit_difference": float(difference),
+        "tokens_checked": tokens_BQ.numel(),
+        "parameters": {"before": counts.total, "after": after.total},
+        "active_parameters": {"before": counts.active, "after": after.active},
+        "versions": {name: importlib.metadata.version(name) for name in ("mixtura", "transformers", "torch")},
+    }
+    _check_promise(receipt, before)
+    return Upcycled(converted, receipt)
+
+
+def _surgery(key: str) -> registry.Method:
+    known = {row.key: row for row in registry.methods("surgery")}
+    if key not in known:
+        raise unknown_name("surgery", key, known)
+    return known[key]
+
+
+def _defaults(made_by: registry.Method) -> dict[str, Any]:
+    hidden = ("dense", "router_rows_CD")
+    return {name: option.default for name, option in made_by.options.items() if name not in hidden}
+
+
+def _default_tokens(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tokens_BQ = torch.randint(0, model.config.vocab_size, (2, 64), generator=generator)
+    return tokens_BQ.to(model.device)
+
+
+@torch.no_grad()
+def _logits(model: Any, tokens_BQ: torch.Tensor) -> torch.Tensor:
+    if tokens_BQ.ndim != 2:
+        raise OptionError(f"tokens_BQ must have 2 dimensions, got shape {tuple(tokens_BQ.shape)}")
+    training = model.training
+    logits = model.eval()(tokens_BQ, use_cache=False).logits.float()
+    model.train(training)
+    return logits  # type: ignore[no-any-return]
+
+
+def _check_promise(receipt: Mapping[str, Any], before: torch.Tensor) -> None:
+    """Raise unless logits are equal up to rounding; half-precision models round more."""
+    difference = receipt["max_logit_difference"]
+    if difference != difference:
+        raise MixturaError("the logits of the upcycled model are not finite")
+    if receipt["preserves_the_function"] and difference > TOLERANCE * max(1.0, float(before.abs().max())):
+        raise MixturaError(
+            f"{receipt['method']} promised equal logits, but they differ by {difference:.2e} on "
+            f"{receipt['tokens_checked']} tokens; this is a bug, please report it with the receipt"
+        )
