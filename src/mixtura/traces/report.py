@@ -57,8 +57,7 @@ def write_report(
     seen = trace is not None and len(trace.counted()) > 0
     sections = [
         _head(trace if seen else None, table),
-        _results(table),
-        _curves(curves),
+        _pair(_results(table), _curves(curves)),
         *(_routing(trace) if seen and trace is not None else ()),
         _passages(trace, tokenizer, passage) if seen and trace is not None and tokenizer is not None else "",
         _section("Receipts", _pairs(_flat(receipts or {})) if receipts else ""),
@@ -67,14 +66,12 @@ def write_report(
         _section("Notes", "".join(f"<p>{escape(n)}</p>" for n in ([notes] if isinstance(notes, str) else notes) if n)),
     ]
     with write_file(Path(path)) as partial:
-        partial.write_text(
-            _page(_title(trace), "".join(sections), scripted='id="routes"' in "".join(sections)), "utf-8"
-        )
+        partial.write_text(_page(_title(trace), "".join(sections)), "utf-8")
     return Path(path)
 
 
-def _page(title: str, body: str, *, scripted: bool) -> str:
-    script = f"<script>{_resource('report.js')}</script>" if scripted else ""
+def _page(title: str, body: str) -> str:
+    script = f"<script>{_resource('report.js')}</script>" if 'id="routes"' in body else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -96,6 +93,10 @@ def _title(trace: Trace | None) -> str:
 def _section(title: str, body: str, explanation: str = "") -> str:
     soft = f'<p class="soft">{explanation}</p>' if explanation else ""
     return f"<section><h2>{escape(title)}</h2>{soft}{body}</section>" if body else ""
+
+
+def _pair(*sections: str) -> str:
+    return f'<div class="pair">{"".join(sections)}</div>' if all(sections) else "".join(sections)
 
 
 def _head(trace: Trace | None, table: Results | None) -> str:
@@ -121,6 +122,8 @@ def _head(trace: Trace | None, table: Results | None) -> str:
 
 def _results(table: Results | None) -> str:
     explanation = "Held-out text; lower is better. The best of each row is bold with a check mark."
+    if table and {"mixture", "dense"} <= set(table):
+        explanation += " Δ is mixture − dense."
     return _section("Results", results_table(table) if table and any(table.values()) else "", explanation)
 
 
@@ -170,9 +173,8 @@ def _figures(trace: Trace) -> Iterator[str]:
     effective = {layer: figures.effective for layer, figures in balance.items()}
     violation = {layer: figures.violation for layer, figures in balance.items()}
     idle = sum(figures.idle for figures in balance.values())
-    yield _bars(
-        "Effective experts", effective, "experts", f"exp(entropy) of the load; stroke: all. Idle: {idle}.", sizes
-    )
+    text = f"exp(entropy) of the load; stroke: all that there are. Idle in all layers: {idle}."
+    yield _bars("Effective experts", effective, "experts", text, sizes)
     yield _bars("Maximal violation of balance", violation, "max / mean − 1", "0 is perfect balance.", top=1.0)
     for by, what in (("domain", "domain"), ("token", "token id")):
         values = metrics.specialization(trace, by)  # type: ignore[arg-type]
@@ -212,9 +214,8 @@ def _passages(trace: Trace, tokenizer: Any, passage: int | Sequence[int] | None)
 
 def _pairs(values: Mapping[str, Any]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(value if isinstance(value, str) else json.dumps(value))}'
-        "</td></tr>"
-        for name, value in values.items()
+        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(text)}</td></tr>'
+        for name, text in ((n, v if isinstance(v, str) else json.dumps(v)) for n, v in values.items())
     )
     return f'<div class="scroll"><table class="plain">{rows}</table></div>'
 

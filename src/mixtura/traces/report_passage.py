@@ -91,8 +91,9 @@ def passages_html(trace: Trace, tokenizer: Any, sequences: Sequence[int]) -> str
     )
     return (
         f'<p class="needs-script"><label>Layer <select id="layer">{options}</select></label></p>'
-        f'<p class="soft">Layer {escape(trace.layers[last])} at first. Background and underline tell a token\'s first '
-        "expert; point at or tap a token for all of its experts and their weights, tap an expert to see its tokens alone.</p>"
+        f'<p class="soft">Layer {escape(trace.layers[last])} at first. Background and underline tell the first expert '
+        'of a token. <span class="needs-script">Tap a token for all of its experts and their weights; tap an expert to '
+        "see its tokens alone.</span></p>"
         f'<input type="checkbox" id="numbers"><label for="numbers"> print the numbers of the experts</label>'
         f'<div class="passages">{_legend(max(trace.meta["experts"]))}<output id="detail"></output>'
         + "".join(_passage(number, passage, tokenizer, last, trace) for number, passage in enumerate(passages))

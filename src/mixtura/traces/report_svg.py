@@ -39,15 +39,15 @@ def heat_map(
         top: value of the brightest color; the largest value if None.
     """
     top = float(top or np.nanmax(values_RC, initial=0)) or 1.0
-    cell, line = (38, 26) if len(columns) <= 16 else (15, 20)
-    left, head = 26 + 7 * max(map(len, rows), default=0), 34
+    cell, line = (36, 26) if len(columns) <= 16 else (15, 20)
+    left, head = 30 + 7 * max(map(len, rows), default=0), 34
     cells = [
         _cell(values_RC[r, c], top, left + c * cell, head + r * line, cell, line, f"{y} {rows[r]}, {x} {columns[c]}")
         for r in range(len(rows))
         for c in range(len(columns))
         if not math.isnan(values_RC[r, c])
     ]
-    step = 1 if cell >= 7 * max(map(len, columns), default=1) else math.ceil(len(columns) / 16)
+    step = 1 if cell >= 7 * max(map(len, columns), default=1) + 4 else math.ceil(len(columns) / 16)
     labels = [_text(left + (c + 0.5) * cell, head - 5, columns[c], "middle") for c in range(0, len(columns), step)]
     labels += [_text(left - 6, head + (r + 0.5) * line + 4, row, "end") for r, row in enumerate(rows)]
     labels += [_text(left + len(columns) * cell / 2, 12, x, "middle", "axis"), _upright(head + len(rows) * line / 2, y)]
@@ -166,10 +166,8 @@ def _cell(value: float, top: float, left: float, above: float, width: int, heigh
 
 def _scale(left: float, above: float, top: float) -> list[str]:
     """Legend of a heat map."""
-    steps = [
-        f'<rect x="{left + 26 + 8 * i}" y="{above}" width="8" height="10" fill="{color(i / 11)[0]}"/>'
-        for i in range(12)
-    ]
+    box = f'y="{above}" width="8" height="10"'
+    steps = [f'<rect x="{left + 26 + 8 * i}" {box} fill="{color(i / 11)[0]}"/>' for i in range(12)]
     return [*steps, _text(left + 20, above + 10, "0", "end"), _text(left + 128, above + 10, f"{top:.2f}", "start")]
 
 
@@ -178,7 +176,8 @@ def _text(x: float, y: float, text: str, anchor: str, css: str = "tick") -> str:
 
 
 def _upright(middle: float, text: str) -> str:
-    return f'<text class="axis" transform="translate(12 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(text)}</text>'
+    place = f'transform="translate(12 {middle:.1f}) rotate(-90)" text-anchor="middle"'
+    return f'<text class="axis" {place}>{escape(text)}</text>'
 
 
 def _tip(text: str) -> str:
