@@ -47,10 +47,10 @@ def _read(path: Path) -> Iterable[str]:
 def _read_lines(path: Path) -> list[str]:
     texts = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for line in path.read_text(encoding="utf-8").splitlines():
             texts.append(json.loads(line)["text"])
     except (ValueError, KeyError, TypeError):
-        raise FileFormatError(f'{str(path)!r}: line {number} is no JSON object with "text"') from None
+        raise FileFormatError(f'{str(path)!r}: line {len(texts) + 1} is no JSON object with "text"') from None
     except OSError as error:
         raise FileFormatError(f"text {str(path)!r} cannot be read: {error}") from None
     return [text for text in texts if text.strip()]
@@ -106,7 +106,7 @@ class Corpus:
     def split(
         cls, texts: Mapping[str, Sequence[str]], *, held_out: float = 0.1, skipped: Mapping[str, str] | None = None
     ) -> Self:
-        """Hold out the documents whose hash is smallest, so that a document stays on its side when others come or go."""
+        """Hold out the documents whose hash is smallest: a document stays on its side when others come or go."""
         if not 0 < held_out < 1:
             raise OptionError(f"held_out must lie between 0 and 1, got {held_out}")
         train, held = {}, {}

@@ -53,7 +53,8 @@ def _code_cpp() -> Iterator[str]:
     if found is None or found.origin is None:
         raise FetchError("code-cpp is read from torch's headers, but torch is not installed")
     include = Path(found.origin).parent / "include"
-    return _texts(path for part in ("ATen", "c10") for path in (include / part).rglob("*.h"))
+    written = _texts(path for part in ("ATen", "c10") for path in (include / part).rglob("*.h"))
+    return (text for text in written if "@generated" not in text)
 
 
 def _doc_python() -> Iterator[str]:

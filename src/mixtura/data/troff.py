@@ -40,11 +40,9 @@ def _line(line: str) -> str | None:
         match = _TEXT_MACROS.match(line)
         if match is None:
             return "" if re.match(r"^\.\s*(?:PP|P|LP|sp|RS|RE|br)\b", line) else None
-        if _ARGUMENT_IS_WIDTH.match(line):
-            line = re.sub(r"\s+\d+[a-z]?$|^\d+[a-z]?$", "", match[1])
-        else:
-            line = match[1]
-        line = line.replace('"', "")
+        has_width = _ARGUMENT_IS_WIDTH.match(line)
+        line = match[1].replace('"', "")
+        line = re.sub(r"(^|\s+)\d+[a-z]?$", "", line) if has_width else line
     for pattern, by in _ESCAPES:
         line = pattern.sub(by, line)
     return line.rstrip()

@@ -135,7 +135,7 @@ def _dequantized(tensor: Any) -> torch.Tensor:
 
 
 def _rotary_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's order of rows, in which the pairs that rotate together are neighbors; here they are R / 2 apart."""
+    """Undo llama.cpp's order of rows: the pairs that rotate together are neighbors there, and R / 2 apart here."""
     R = len(weight) // heads
     return weight.view(heads, R // 2, 2, -1).transpose(1, 2).reshape(weight.shape).contiguous()
 
