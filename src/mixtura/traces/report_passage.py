@@ -47,11 +47,11 @@ def passage_of(trace: Trace, sequence: int, length: int = LENGTH) -> Passage:
         known = sorted(set(trace.sequence.tolist()))
         raise OptionError(f"passage must be a sequence of the trace, one of {_short(known)}, got {sequence}")
     rows = rows.select(np.argsort(rows.call, kind="stable"))
-    place = rows.position - rows.position.min()
+    place = np.unique(rows.position, return_inverse=True)[1]
     rows, place = rows.select(place < length), place[place < length]
     shape = (len(trace.layers), int(place.max()) + 1, int(rows.slot.max()) + 1)
     expert_LTK = np.broadcast_to(np.asarray(trace.meta["experts"])[:, None, None], shape).copy()
-    weight_LTK, token_T = np.zeros(shape, np.float32), np.full(shape[1], -1)
+    weight_LTK, token_T = np.zeros(shape, np.float32), np.zeros(shape[1], np.int64)
     expert_LTK[rows.layer, place, rows.slot] = rows.expert
     weight_LTK[rows.layer, place, rows.slot] = rows.weight
     token_T[place] = rows.token
