@@ -106,10 +106,19 @@ def test_check_refuses(routing, message):
         r.check(routing)
 
 
-@pytest.mark.parametrize("function", [r.keep, r.counts, r.load, r.importance])
+@pytest.mark.parametrize("function", [r.keep, r.only, r.counts, r.load, r.importance])
 @pytest.mark.parametrize(
     "mask_T", [torch.tensor([True]), torch.tensor([1, 0]), torch.ones(2, 1, dtype=torch.bool)], ids=str
 )
 def test_a_mask_that_is_not_one_boolean_a_token_is_refused(function, mask_T):
     with pytest.raises(ShapeError, match=r"mask_T must be boolean of shape \(2,\)"):
         function(made([[1.0], [1.0]], [[0], [1]]), mask_T)
+
+
+@given(routings())
+def test_only_takes_the_rows_of_the_mask(drawn):
+    for routing, mask_T in both(*drawn):
+        assert r.only(routing, None) is routing
+        some = r.only(routing, mask_T)
+        for part, whole in zip(some, routing, strict=True):
+            np.testing.assert_array_equal(part, np.asarray(whole)[np.asarray(mask_T)])

@@ -91,13 +91,25 @@ def keep(routing: Routing, mask_T: Array) -> Routing:
     )
 
 
+def only(routing: Routing, mask_T: Array | None) -> Routing:
+    """The rows of the tokens inside of ``mask_T``, all of them without a mask; what is outside is never read.
+
+    Args:
+        routing: of T tokens.
+        mask_T: True where a token counts; padding is False.
+
+    Raises:
+        ShapeError: if mask_T has another length than the routing, or is not boolean.
+    """
+    if mask_T is None:
+        return routing
+    check_mask(routing, mask_T)
+    return Routing(routing.logits_TE[mask_T], routing.weights_TK[mask_T], routing.indices_TK[mask_T])
+
+
 def counts(routing: Routing, mask_T: Array | None = None) -> Array:
     """Slots that each expert got, (E,), as integers; ``mask_T`` is True where a token counts."""
-    indices_TK = routing.indices_TK
-    if mask_T is not None:
-        check_mask(routing, mask_T)
-        indices_TK = indices_TK[mask_T]
-    return arrays.count(indices_TK, routing.num_experts + 1)[: routing.num_experts]
+    return arrays.count(only(routing, mask_T).indices_TK, routing.num_experts + 1)[: routing.num_experts]
 
 
 def load(routing: Routing, mask_T: Array | None = None) -> Array:
@@ -108,11 +120,7 @@ def load(routing: Routing, mask_T: Array | None = None) -> Array:
 
 def importance(routing: Routing, mask_T: Array | None = None) -> Array:
     """Share of the gate's weight that each expert got, (E,) (Shazeer et al., arXiv:1701.06538, eq. 6)."""
-    g_TE = dense(routing)
-    if mask_T is not None:
-        check_mask(routing, mask_T)
-        g_TE = g_TE[mask_T]
-    total_E = g_TE.sum(0)
+    total_E = dense(only(routing, mask_T)).sum(0)
     total = total_E.sum()
     return total_E / (total if total != 0 else 1)
 

@@ -19,7 +19,7 @@ import torch
 from mixtura.core.arrays import float32
 from mixtura.core.errors import OptionError
 from mixtura.core.registry import method
-from mixtura.core.routing import Routing, load
+from mixtura.core.routing import Routing, load, only
 
 
 @method("load-balancing", role="balance", paper="arXiv:2101.03961")
@@ -44,10 +44,9 @@ def load_balancing_loss(
     Source:
         Fedus et al., arXiv:2101.03961, eq. 4-6.
     """
-    f_E = load(routing, mask_T)
+    routing = only(routing, mask_T)
+    f_E = load(routing)
     probability_TE = _probability(routing.logits_TE, score)
-    if mask_T is not None:
-        probability_TE = probability_TE[mask_T]
     P_E = probability_TE.sum(0) / max(len(probability_TE), 1)
     loss: torch.Tensor = routing.num_experts * (f_E.to(P_E.dtype) * P_E).sum()
     return loss

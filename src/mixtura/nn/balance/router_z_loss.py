@@ -16,7 +16,7 @@ import torch
 
 from mixtura.core.arrays import float32
 from mixtura.core.registry import method
-from mixtura.core.routing import Routing, check_mask
+from mixtura.core.routing import Routing, only
 
 
 @method("router-z-loss", role="balance", paper="arXiv:2202.08906")
@@ -36,8 +36,5 @@ def router_z_loss(routing: Routing, *, mask_T: torch.Tensor | None = None) -> to
     Source:
         Zoph et al., arXiv:2202.08906, eq. 5.
     """
-    z_T: torch.Tensor = float32(routing.logits_TE).logsumexp(-1)
-    if mask_T is not None:
-        check_mask(routing, mask_T)
-        z_T = z_T[mask_T]
+    z_T: torch.Tensor = float32(only(routing, mask_T).logits_TE).logsumexp(-1)
     return z_T.square().sum() / max(len(z_T), 1)
