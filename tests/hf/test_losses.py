@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from pico import pico, tokens
 from torch.nn import functional as F
 
 from mixtura.core.errors import OptionError, UnknownNameError
@@ -12,6 +11,7 @@ from mixtura.nn import Experts, Mixture
 from mixtura.nn.balance.load_balancing import load_balancing_loss
 from mixtura.nn.balance.router_z_loss import router_z_loss
 from mixtura.nn.routers.topk_softmax import TopKRouter
+from pico import pico, tokens
 
 TERMS = {"load-balancing": 0.5, "router-z-loss": 0.1}
 
@@ -24,7 +24,9 @@ def sparse_model():
 def test_next_token_loss_is_the_mean_over_the_predicted_tokens():
     logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     labels[0, 3:] = IGNORED
-    expected = [-logits[b, q].log_softmax(-1)[labels[b, q + 1]] for b in range(2) for q in range(4) if labels[b, q + 1] >= 0]
+    expected = [
+        -logits[b, q].log_softmax(-1)[labels[b, q + 1]] for b in range(2) for q in range(4) if labels[b, q + 1] >= 0
+    ]
     torch.testing.assert_close(next_token_loss(logits, labels), torch.stack(expected).mean())
 
 

@@ -1,28 +1,28 @@
 """Small runs that the tests of training share. As a program: train into a folder, and die on the way.
 
-    python runs.py OUT at-step 5             SIGKILL at the end of step 5
-    python runs.py OUT in-weights 4          SIGKILL when the weights of the checkpoint of step 4 are half written
-    python runs.py OUT in-optimizer 4        SIGKILL when its optimizer is half written
-    python runs.py OUT before-mark 4         SIGKILL when all is written but the mark
-    python runs.py OUT interrupt 5           Ctrl-C at the end of step 5
+python runs.py OUT at-step 5             SIGKILL at the end of step 5
+python runs.py OUT in-weights 4          SIGKILL when the weights of the checkpoint of step 4 are half written
+python runs.py OUT in-optimizer 4        SIGKILL when its optimizer is half written
+python runs.py OUT before-mark 4         SIGKILL when all is written but the mark
+python runs.py OUT interrupt 5           Ctrl-C at the end of step 5
 """
 
 import os
 import signal
 import sys
-import types
 from pathlib import Path
 
 import torch
-from pico import pico
-from training.byte_tokenizer import VOCABULARY_SIZE, byte_tokenizer
 
+from mixtura.data import Corpus
 from mixtura.hf import convert
 from mixtura.hf.callbacks import CompleteMark
 from mixtura.nn import Experts, Mixture
 from mixtura.nn.routers.topk_softmax import TopKRouter
 from mixtura.training.recipe import Recipe
 from mixtura.training.train import train
+from pico import pico
+from training.byte_tokenizer import VOCABULARY_SIZE, byte_tokenizer
 
 
 def recipe(**fields):
@@ -50,13 +50,15 @@ def corpus():
     """Two domains of a few sentences, written so that there is something to learn."""
     words = [f"the other thing is there, and the weather is rather fine {i}; " * 6 for i in range(8)]
     digits = [" ".join(str(i * j) for j in range(60)) for i in range(1, 9)]
-    return types.SimpleNamespace(train={"words": words, "digits": digits})
+    return Corpus(train={"words": words, "digits": digits}, held_out={})
 
 
-def run(out, recipe=recipe(), model_=None, **options):
+def run(out, how=None, model_=None, **options):
     """Train a fresh model."""
     start = model() if model_ is None else model_
-    return train(recipe, out, model=start, tokenizer=byte_tokenizer(), corpus=corpus(), progress=False, **options)
+    return train(
+        how or recipe(), out, model=start, tokenizer=byte_tokenizer(), corpus=corpus(), progress=False, **options
+    )
 
 
 def _die():

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from training.byte_tokenizer import VOCABULARY_SIZE, byte_tokenizer
-from pico import pico
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mixtura.core.errors import OptionError
 from mixtura.training.evaluate import bits_per_byte, windows
+from pico import pico
+from training.byte_tokenizer import VOCABULARY_SIZE, byte_tokenizer
 
 TEXTS = {
     "english": ["the other thing is there, and the weather is rather fine", "th", "x" * 40],

@@ -25,7 +25,9 @@ def test_defaults_and_round_trip(tmp_path):
 
 def test_yaml_floats_without_a_point_are_numbers(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("model: m\ndata: {domains: {a: 1}}\ntrain: {steps: 2, learning_rate: 4e-4}\nbalance: {load-balancing: 1e-2}\n")
+    path.write_text(
+        "model: m\ndata: {domains: {a: 1}}\ntrain: {steps: 2, learning_rate: 4e-4}\nbalance: {load-balancing: 1e-2}\n"
+    )
     recipe = Recipe.load(path)
     assert recipe.train.learning_rate == 4e-4
     assert recipe.balance == {"load-balancing": 0.01}
@@ -47,7 +49,11 @@ def test_yaml_floats_without_a_point_are_numbers(tmp_path):
         ("train.router_learning_rate", -1, "train.router_learning_rate must be at least 0"),
         ("train.schedule", "linear", "train.schedule must be one of 'cosine', 'constant', got 'linear'"),
         ("train.precision", "fp8", "train.precision must be one of 'float32', 'bfloat16'"),
-        ("train.parameters", "mlp", "train.parameters must be 'mixtures', 'all' or 'feed-forward:FIRST-LAST', got 'mlp'"),
+        (
+            "train.parameters",
+            "mlp",
+            "train.parameters must be 'mixtures', 'all' or 'feed-forward:FIRST-LAST', got 'mlp'",
+        ),
         ("train.parameters", "feed-forward:5-2", "train.parameters must be"),
         ("train.warmup", 8, "train.warmup must be below train.steps = 8, got 8"),
         ("data.sequence_length", 1, "data.sequence_length must be at least 2"),
@@ -68,14 +74,15 @@ def test_mistakes_are_named_by_their_path(path, value, message):
 
 
 def test_missing_fields_are_named():
-    with pytest.raises(OptionError, match="train.steps is missing"):
+    with pytest.raises(OptionError, match=r"train.steps is missing"):
         Recipe.from_dict({**PLAIN, "train": {}})
     with pytest.raises(OptionError, match="model is missing"):
         Recipe.from_dict({})
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- a", "must be a mapping"), ("a: [", "is no YAML"), ("!!python/object:os.system {}", "is no YAML")]
+    ("text", "message"),
+    [("- a", "must be a mapping"), ("a: [", "is no YAML"), ("!!python/object:os.system {}", "is no YAML")],
 )
 def test_files_that_are_no_recipe(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)

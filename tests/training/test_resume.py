@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.runs import model, recipe, run
 
 from mixtura.core.errors import MixturaError, OptionError
 from mixtura.hf.callbacks import CompleteMark, is_complete, newest_checkpoint
+from training.runs import model, recipe, run
 
 TESTS = Path(__file__).parents[1]
 
@@ -103,7 +103,9 @@ def test_checkpoints_of_another_run_are_refused(stopped, tmp_path):
     "error",
     [
         OSError(28, "No space left on device"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # torch.save's words for it
+        RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+        ),  # torch.save's words for it
     ],
 )
 def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, monkeypatch, uninterrupted, error):
@@ -116,7 +118,9 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(MixturaError, match="the disk is full .*; checkpoint-2 is complete: free space and run again"):
+        with pytest.raises(
+            MixturaError, match=r"the disk is full .*; checkpoint-2 is complete: free space and run again"
+        ):
             run(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out.checkpoints").glob("checkpoint-*")) == ["checkpoint-2"]
     assert run(tmp_path / "out").rows == uninterrupted.rows

@@ -50,8 +50,8 @@ class ProgressBar(TrainerCallback):
 class CompleteMark(TrainerCallback):
     """Writes ``complete.json`` into a checkpoint once everything else in it is on disk.
 
-    Trainer writes checkpoints in place. A process that is killed on the way leaves one without the mark, or with files of
-    another size than it says; ``newest_checkpoint`` passes over both.
+    Trainer writes checkpoints in place. A process that is killed on the way leaves one without the mark, or with files
+    of another size than it says; ``newest_checkpoint`` passes over both.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -26,8 +26,8 @@ def next_token_loss(
     Args:
         logits_BQV: of a causal language model.
         labels_BQ: the tokens themselves; ``IGNORED`` where nothing is to be predicted.
-        count: what the sum is divided by: the predicted tokens of all micro-batches of a step, so that accumulation gives
-            the mean over the step; None is those of this call.
+        count: what the sum is divided by: the predicted tokens of all micro-batches of a step, so that accumulation
+            gives the mean over the step; None is those of this call.
 
     Returns:
         A scalar; 0 if nothing is predicted.
@@ -46,17 +46,19 @@ def balance_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Balance terms of every mixture, layer by layer, without padding.
 
-        loss = sum over terms of  coefficient * sum over layers of  mean over the calls of  term(routing of that call and layer)
+        loss = sum over terms  coefficient * sum over layers  mean over calls  term(routing of that call and layer)
 
-    Exact for one forward call. Over several calls (accumulation, ranks) it is the mean of the calls' terms: z-loss, a mean over
-    tokens, is exact if all calls have equally many real tokens; load balancing, a product of two means, is that of each call.
+    Exact for one forward call. Over several calls (accumulation, ranks) it is the mean of the calls' terms: z-loss, a
+    mean over tokens, is exact if all calls have equally many real tokens; load balancing, a product of two means, is
+    that of each call.
 
     Args:
         states: of the forward calls, as ``mixtura.hf.record`` gives them.
         terms: coefficient by key of a balance method.
 
     Returns:
-        The loss, a scalar with gradient to the gates, and each term by key, detached: mean over the layers, without coefficient.
+        The loss, a scalar with gradient to the gates, and each term by key, detached: mean over the layers, without
+        coefficient.
 
     Raises:
         UnknownNameError: with the nearest key, if a term is no balance method.
@@ -72,7 +74,8 @@ def balance_loss(
     total = torch.zeros((), device=routings[0][1].logits_TE.device)
     parts = {}
     for key, method in methods.items():
-        value = torch.stack([method.build(routing, mask_T=state.mask_T) for state, routing in routings]).sum() / len(states)
+        values = [method.build(routing, mask_T=state.mask_T) for state, routing in routings]
+        value = torch.stack(values).sum() / len(states)
         total = total + terms[key] * value
         parts[key] = value.detach() / layers
     return total, parts

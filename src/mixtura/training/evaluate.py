@@ -2,8 +2,8 @@
 
     bits per byte = sum over predicted tokens of -log2 p(token)  /  bytes of the text of these tokens
 
-Text is cut into windows within documents; the first token of a window has no context and is neither predicted nor counted.
-L tokens of a window, B windows of a batch, V entries of the vocabulary.
+Text is cut into windows within documents; the first token of a window has no context and is neither predicted nor
+counted. L tokens of a window, B windows of a batch, V entries of the vocabulary.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def bits_per_byte(
 
 
 def windows(tokenizer: Any, texts: Sequence[str], length: int, max_tokens: int) -> list[Window]:
-    """Windows of at most ``length`` tokens, first those at the heads of all documents, then the second of each, and so on.
+    """Windows of at most ``length`` tokens: those at the heads of all documents, then the second of each, and so on.
 
     A document of fewer tokens is one window; what is left over at the end of a longer one is not used.
 
@@ -118,8 +118,8 @@ def _tokenize(tokenizer: Any, text: str) -> Window:
     """A document's tokens and the bytes of each; the bytes sum to those of the text, up to what a tokenizer drops.
 
     A token of a byte-level vocabulary has one character for every byte, which is exact even where a token ends within a
-    character. Where the sum shows that the vocabulary is another, a token has the bytes from the end of the one before to its
-    own end in the text.
+    character. Where the sum shows that the vocabulary is another, a token has the bytes from the end of the one before
+    to its own end in the text.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]

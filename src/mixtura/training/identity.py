@@ -30,7 +30,7 @@ def check_same_run(folder: Path, recipe: Recipe, model: nn.Module, sequences: An
             partial.write_text(json.dumps(own, indent=2), encoding="utf-8")
         return
     noted = json.loads(path.read_text(encoding="utf-8"))
-    for name in own.keys() | noted.keys():
+    for name in {**own, **noted}:
         if own.get(name) != noted.get(name):
             raise OptionError(
                 f"the checkpoints in {str(folder)!r} are of another run: {name} was {noted.get(name)!r}, is "

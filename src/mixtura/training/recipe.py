@@ -1,7 +1,7 @@
-"""The recipe of a training run: what is read, trained, and how. A YAML file or a dictionary, checked before anything runs.
+"""The recipe of a training run: what is read, trained, and how; checked before anything runs. YAML, or a dictionary.
 
     model: smollm2-135m
-    upcycle: {method: sparse-upcycling, layers: [24, 25, 26, 27, 28, 29], experts: 4, k: 2}
+    upcycle: {method: sparse-upcycling, layers: "last:6", copies: 4, shards: 2, k: 2}
     data: {domains: {code-python: 0.5, man-de: 0.5}, sequence_length: 256}
     train: {steps: 40, batch_size: 4, learning_rate: 4e-4}
     balance: {load-balancing: 0.01}
@@ -59,7 +59,8 @@ class _Section:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                raise OptionError(str(unknown_name("field", f"{cls.PATH}{name}", [cls.PATH + known for known in fields])))
+                known = [cls.PATH + field for field in fields]
+                raise OptionError(str(unknown_name("field", cls.PATH + name, known)))
         for name, field in fields.items():
             if name not in values and field.default is field.default_factory is dataclasses.MISSING:
                 raise OptionError(f"{cls.PATH}{name} is missing")
@@ -88,7 +89,7 @@ class DataRecipe(_Section):
 
     def __post_init__(self) -> None:
         if isinstance(self.domains, list | tuple):
-            object.__setattr__(self, "domains", {name: 1.0 for name in self.domains})
+            object.__setattr__(self, "domains", dict.fromkeys(self.domains, 1.0))
         super().__post_init__()
         if not self.domains:
             raise OptionError("data.domains must name at least one domain, got none")
@@ -211,7 +212,7 @@ def _check_balance(key: str) -> None:
 
 
 def _typed(path: str, value: Any, hint: Any) -> Any:
-    """``value`` as the annotation asks, or an ``OptionError``; YAML reads 4e-4 as a string, and a whole number is a float too."""
+    """``value`` as the annotation asks, or an ``OptionError``; YAML reads 4e-4 as text, and a whole number is a float."""
     if isinstance(hint, types.UnionType):
         return None if value is None else _typed(path, value, typing.get_args(hint)[0])
     origin, parts = typing.get_origin(hint), typing.get_args(hint)

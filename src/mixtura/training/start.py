@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixtura.core.errors import OptionError
 from mixtura.training.recipe import Recipe
 
 
@@ -27,8 +26,5 @@ def starting_point(recipe: Recipe) -> tuple[Any, Any, dict[str, Any]]:
         return model, tokenizer, {}
     from mixtura.surgery.upcycle import upcycle
 
-    try:
-        result = upcycle(model, **recipe.upcycle)
-    except TypeError as error:
-        raise OptionError(f"upcycle: {error}") from None
+    result = upcycle(model, **recipe.upcycle)
     return result.model, tokenizer, {"upcycle": result.receipt}

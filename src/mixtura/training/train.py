@@ -1,8 +1,9 @@
 """``train``: from a recipe to a trained model in a folder, through transformers' Trainer.
 
-Checkpoints stand in ``<out>.checkpoints`` until ``out`` is whole, and hold what is trained alone. A run that was killed, even
-in the middle of a checkpoint, goes on from the newest complete one to the same losses. Weights are safetensors; optimizer,
-schedule and random states are Trainer's own files, which it reads with ``torch.load(weights_only=True)``.
+Checkpoints stand in ``<out>.checkpoints`` until ``out`` is whole, and hold what is trained alone. A run that was
+killed, even in the middle of a checkpoint, goes on from the newest complete one to the same losses. Weights are
+safetensors; optimizer, schedule and random states are Trainer's own files, which it reads with
+``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -59,13 +60,15 @@ def train(
 ) -> TrainResult:
     """Train and save.
 
-    Exact today: the cross-entropy under accumulation, and all of it when a step is one forward pass. Under accumulation a
-    load-balancing term is the mean of the micro-batches' terms (see ``mixtura.hf.losses.balance_loss``). One process only.
+    Exact today: the cross-entropy under accumulation, and all of it when a step is one forward pass. Under accumulation
+    a load-balancing term is the mean of the micro-batches' terms (see ``mixtura.hf.losses.balance_loss``). One process
+    only.
 
     Args:
         recipe: what to do.
         out: new or empty folder for the model.
-        model: to start from, instead of what ``recipe.model`` and ``recipe.upcycle`` would give; it is trained in place.
+        model: to start from, instead of what ``recipe.model`` and ``recipe.upcycle`` would give; it is trained in
+            place.
         tokenizer: of that model.
         corpus: instead of loading the recipe's domains.
         receipts: of what made ``model``, by step; for the card.
@@ -146,7 +149,9 @@ def _numbers(recipe: Recipe, rows: list[dict[str, float]], trained: Mapping[str,
         "trained parameters": sum(parameter.numel() for parameter in trained.values()),
     }
     if rows:
-        numbers |= {f"cross-entropy at step {row['step']}": round(row["cross_entropy"], 4) for row in (rows[0], rows[-1])}
+        numbers |= {
+            f"cross-entropy at step {row['step']}": round(row["cross_entropy"], 4) for row in (rows[0], rows[-1])
+        }
     return numbers
 
 

@@ -21,9 +21,10 @@ WEIGHTS = "model.safetensors"  # the name under which Trainer looks for weights 
 class MixtureTrainer(Trainer):
     """Trains a causal language model, with mixtures or without.
 
-    The loss of a step is the cross-entropy per predicted token of the whole step, exact under accumulation, plus the balance
-    terms, summed over the layers and averaged over the micro-batches; see ``balance_loss`` for what that average leaves open.
-    A row of the log has the loss of its step alone and every part of it, so a resumed run logs the same rows.
+    The loss of a step is the cross-entropy per predicted token of the whole step, exact under accumulation, plus the
+    balance terms, summed over the layers and averaged over the micro-batches; see ``balance_loss`` for what that
+    average leaves open. A row of the log has the loss of its step alone and every part of it, so a resumed run logs the
+    same rows.
 
     Args:
         terms: coefficient by key of a balance method.
@@ -72,7 +73,7 @@ class MixtureTrainer(Trainer):
         super().log({**logs, **self.parts} if "loss" in logs else logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained: trained parameters and buffers, by their names in memory; no optimizer, no frozen weights."""
+        """Write trained parameters and buffers, by their names in memory; neither frozen weights nor optimizer."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(trained_state(self.model), folder / WEIGHTS, metadata={"format": "pt"})
@@ -87,7 +88,7 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_state(model: nn.Module, checkpoint: Path) -> None:
-    """Raise ``FileFormatError`` unless a checkpoint has exactly what ``trained_state`` wants; Trainer would only warn."""
+    """Raise ``FileFormatError`` unless a checkpoint has exactly what ``trained_state`` has; Trainer would only warn."""
     wanted = {name: tuple(value.shape) for name, value in trained_state(model).items()}
     try:
         with safetensors.safe_open(checkpoint / WEIGHTS, framework="pt") as file:
