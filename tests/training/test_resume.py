@@ -25,7 +25,8 @@ def uninterrupted(tmp_path_factory):
 def die(out, where, step):
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     command = [sys.executable, str(TESTS / "training" / "runs.py"), str(out), where, str(step)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False).returncode
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return process.returncode, process.stderr if process.returncode > 0 else ""
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def die(out, where, step):
 )
 def test_killed_and_resumed(tmp_path, uninterrupted, where, step, resumed_from):
     out = tmp_path / "out"
-    assert die(out, where, step) == -signal.SIGKILL
+    assert die(out, where, step) == (-signal.SIGKILL, "")
     assert not out.exists()
     result = run(out)
     assert result.resumed_from == resumed_from
@@ -45,7 +46,7 @@ def test_killed_and_resumed(tmp_path, uninterrupted, where, step, resumed_from):
 
 
 def test_control_c_leaves_a_run_that_goes_on(tmp_path, uninterrupted):
-    assert die(tmp_path / "out", "interrupt", 5) not in (0, -signal.SIGKILL)
+    assert die(tmp_path / "out", "interrupt", 5) == (-signal.SIGINT, "")
     result = run(tmp_path / "out")
     assert result.resumed_from == 4
     assert result.rows == uninterrupted.rows

@@ -212,7 +212,7 @@ def _check_balance(key: str) -> None:
 
 
 def _typed(path: str, value: Any, hint: Any) -> Any:
-    """``value`` as the annotation asks, or an ``OptionError``; YAML reads 4e-4 as text, and a whole number is a float."""
+    """``value`` as the annotation asks, or an error; YAML reads 4e-4 as text, and a whole number is a float."""
     if isinstance(hint, types.UnionType):
         return None if value is None else _typed(path, value, typing.get_args(hint)[0])
     origin, parts = typing.get_origin(hint), typing.get_args(hint)

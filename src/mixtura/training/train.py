@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from mixtura.core.errors import MixturaError, OptionError
+from mixtura.core.errors import MixturaError
+from mixtura.core.files import check_new_folder
 from mixtura.training.recipe import Recipe
 
 
@@ -86,7 +87,7 @@ def train(
     from mixtura.training.start import starting_point
 
     started, out = time.perf_counter(), Path(out)
-    _check_out(out)
+    check_new_folder(out)
     if model is None:
         model, tokenizer, receipts = starting_point(recipe)
     trained = freeze_all_but(model, recipe.train)
@@ -115,12 +116,6 @@ def train(
     seconds = time.perf_counter() - started
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     return TrainResult(model.eval(), tokenizer, out, history, rows, recipe.training_tokens, seconds, step)
-
-
-def _check_out(out: Path) -> None:
-    """Refuse before the work what ``write_folder`` would refuse after it."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise OptionError(f"out must be a new or empty folder, but {str(out)!r} exists")
 
 
 def _checkpoint(recipe: Recipe, model: Any, sequences: Any, folder: Path, *, resume: bool) -> Path | None:
