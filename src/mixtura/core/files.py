@@ -43,6 +43,12 @@ def write_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_new_folder(out: Path) -> None:
+    """Raise ``OptionError`` unless ``out`` is new or an empty folder; for long work, before it begins."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise OptionError(f"out must be a new or empty folder, but {str(out)!r} exists")
+
+
 @contextlib.contextmanager
 def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``out``, which takes its place when the block ends well and is removed otherwise.
@@ -55,8 +61,8 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OptionError: if ``out`` is a file, or a non-empty folder and overwrite is False.
     """
     out = Path(out)
-    if out.is_file() or (not overwrite and out.is_dir() and any(out.iterdir())):
-        raise OptionError(f"out must be a new or empty folder, but {str(out)!r} exists")
+    if not overwrite or out.is_file():
+        check_new_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=".partial-"))
     try:

@@ -14,7 +14,7 @@ import inspect
 import logging
 import pkgutil
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from mixtura.core.errors import OptionError, unknown_name
@@ -63,15 +63,19 @@ class Method:
         """The configuration schema: the parameters of the signature."""
         return {name: p for name, p in inspect.signature(self.build).parameters.items() if name != "self"}
 
+    def check(self, options: Iterable[str]) -> None:
+        """Raise ``OptionError`` if an option does not exist; the nearest one is named."""
+        for name in options:
+            if name not in self.options:
+                raise OptionError(str(unknown_name(f"option of method {self.key!r}", name, self.options)))
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Build or run the method.
 
         Raises:
             OptionError: if an option does not exist (the nearest one is named) or a required one is missing.
         """
-        for name in options:
-            if name not in self.options:
-                raise OptionError(str(unknown_name(f"option of method {self.key!r}", name, self.options)))
+        self.check(options)
         try:
             inspect.signature(self.build).bind(*args, **options)
         except TypeError as error:

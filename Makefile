@@ -1,0 +1,39 @@
+# Everything sets itself up in .venv. Which torch is taken is pip's choice; to name another package index:
+#   make demo TORCH_FLAGS="--index-url URL"
+PYTHON ?= python3
+TORCH_FLAGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: demo test lint docs clean
+
+demo: .venv/.ready
+	$(BIN)/mixtura demo
+
+test: .venv/.ready-test
+	$(OFFLINE) $(BIN)/pytest -n 2
+
+lint: .venv/.ready-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.ready-docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv site runs
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("mixtura needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@echo "setting up .venv (torch and transformers, a few minutes)"
+	@$(PYTHON) -m venv .venv || { echo "python3 -m venv failed: on Debian, apt-get install python3-venv"; exit 1; }
+	@$(PIP) install --upgrade "pip>=25.1"
+	@$(PIP) install $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install --constraint constraints.txt --editable ".[demo]"
+	@touch $@
+
+.venv/.ready-%: .venv/.ready
+	@$(PIP) install --constraint constraints.txt --group $*
+	@touch $@

@@ -1,0 +1,106 @@
+"""Commands from a model to a model: ``upcycle``, ``export``; and ``generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixtura.cli.options import Json, Model, key_values, show
+
+Out = Annotated[Path, typer.Argument(help="New or empty folder.")]
+
+
+def upcycle(
+    model: Model,
+    out: Out,
+    method: Annotated[
+        str, typer.Option(help="Key of the method; see mixtura methods --role surgery.")
+    ] = "sparse-upcycling",
+    layers: Annotated[
+        str, typer.Option(help='"all", "last:6", "first:2", "every:2", "24-29", or numbers.')
+    ] = "every:2",
+    option: Annotated[list[str], typer.Option(help="NAME=VALUE for the method, may be repeated.")] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Turn dense feed-forward layers into mixtures, with a receipt of what changed.
+
+    Example: mixtura upcycle smollm2-135m out --layers last:6 --option copies=4 --option shards=2
+    """
+    from mixtura.core import registry
+    from mixtura.core.files import check_new_folder
+
+    made_by, options = registry.get(method), key_values(option)
+    made_by.check(options)
+    check_new_folder(out)
+    from mixtura.hf.load import load_model
+    from mixtura.hf.save import save_model
+    from mixtura.surgery.upcycle import upcycle as run
+
+    dense, tokenizer = load_model(model)
+    made, receipt = run(dense, method, layers=layers, **options)
+    chosen = "".join(f" --option {pair}" for pair in option)
+    command = f"mixtura upcycle {model} {out.name} --method {method} --layers {layers}{chosen}"
+    save_model(made, out, tokenizer=tokenizer, parents=(model,), receipts={"upcycle": receipt}, command=command)
+    parameters, active = receipt["parameters"], receipt["active_parameters"]
+    lines = (
+        f"{out}: layers {receipt['layers']}, largest difference of a logit {receipt['max_logit_difference']:.1e}\n"
+        f"parameters {parameters['before']:,} -> {parameters['after']:,}, "
+        f"active a token {active['before']:,} -> {active['after']:,}"
+    )
+    show(receipt, as_json=as_json, lines=lines)
+
+
+def export(
+    model: Model,
+    out: Annotated[Path | None, typer.Argument(help="New or empty folder; none with --check.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say which stock families can hold the model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model of mixtura as a stock family, for programs that have never heard of mixtura.
+
+    Example: mixtura export runs/demo/mixture out
+    """
+    from mixtura.core.errors import OptionError
+    from mixtura.core.files import check_new_folder
+
+    if out is None and not check:
+        raise OptionError("export needs a folder to write to, or --check")
+    if out is not None:
+        check_new_folder(out)
+    from mixtura.hf.export import check_export
+    from mixtura.hf.export import export as run
+    from mixtura.hf.load import load_model
+
+    loaded, tokenizer = load_model(model)
+    if check or out is None:
+        lacks = check_export(loaded)
+        lines = "\n".join(f"{family:10} {reason or 'can hold it'}" for family, reason in lacks.items())
+        show({"lacks": lacks}, as_json=as_json, lines=lines)
+        return
+    receipt = run(loaded, out, tokenizer=tokenizer)
+    difference = receipt["max_logit_difference"]
+    show(receipt, as_json=as_json, lines=f"{out}: {receipt['family']}, largest difference of a logit {difference:.1e}")
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens, at most.")] = 60,
+) -> None:
+    """Let a model go on from a prompt, greedily.
+
+    Example: mixtura generate runs/demo/mixture --prompt "Shall I compare thee"
+    """
+    from mixtura.hf.generate import generate_text
+    from mixtura.hf.load import load_model
+
+    loaded, tokenizer = load_model(model)
+    typer.echo(prompt + generate_text(loaded, tokenizer, prompt, max_new_tokens=tokens))
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (upcycle, export, generate):
+        app.command()(command)
