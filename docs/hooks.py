@@ -1,0 +1,189 @@
+"""Tables of the docs that are read from the code when the site is built, so that they cannot differ from it.
+
+A page asks for one by the line ``<!-- generated: NAME -->``; the names are those of ``TABLES``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import runpy
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mixtura.core import registry
+from mixtura.core.errors import OptionError, unknown_name
+from mixtura.core.registry import Method
+from mixtura.core.selection import SelectionSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+_MARKER = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
+_ENTRY = re.compile(r"^ {4}(\w+): (.*)$")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs for each page: put the tables where they are asked for."""
+    return _MARKER.sub(lambda found: generated(found[1]), markdown)
+
+
+def generated(name: str) -> str:
+    """Markdown of one table.
+
+    Raises:
+        UnknownNameError: with the nearest name.
+    """
+    if name not in TABLES:
+        raise unknown_name("table of the docs", name, TABLES)
+    return TABLES[name]()
+
+
+def attributes(cls: type) -> dict[str, str]:
+    """What the "Attributes:" part of a docstring says of each name.
+
+    Raises:
+        OptionError: if there is no such part.
+    """
+    _, found, part = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    if not found:
+        raise OptionError(f"{cls.__name__} documents no attributes")
+    said: dict[str, str] = {}
+    name = ""
+    for line in part.partition("\n\n")[0].splitlines():
+        if entry := _ENTRY.match(line):
+            name = entry[1]
+            said[name] = entry[2]
+        else:
+            said[name] += " " + line.strip()
+    return said
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _methods() -> str:
+    rows = registry.methods()
+    return "\n\n".join(part for role in dict.fromkeys(row.role for row in rows) for part in _role(role))
+
+
+def _role(role: str) -> list[str]:
+    return [f"## {role.capitalize()}", *(_card(row) for row in registry.methods(role))]
+
+
+def _card(row: Method) -> str:
+    paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper[6:]})" if row.paper.startswith("arXiv:") else row.paper
+    facts = ", ".join(part for part in (paper, f"`{row.module}`", "" if row.causal else "not causal") if part)
+    alone = sum(other.module == row.module for other in registry.methods()) == 1
+    text = inspect.getdoc(sys.modules[row.module] if alone else row.build) or ""
+    return f"### {row.key}\n\n{facts}\n\n{_without_sections(text)}\n\n{_options(row)}"
+
+
+def _without_sections(card: str) -> str:
+    return re.split(r"\n\n(?:Args|Raises|Returns|Source):\n", card)[0]
+
+
+def _options(row: Method) -> str:
+    rows = (
+        (f"`{name}`", f"`{_annotation(option)}`", "" if option.default is option.empty else f"`{option.default!r}`")
+        for name, option in row.options.items()
+    )
+    return _table(("option", "type", "default"), rows)
+
+
+def _annotation(option: inspect.Parameter) -> str:
+    return option.annotation if isinstance(option.annotation, str) else inspect.formatannotation(option.annotation)
+
+
+def _recipe() -> str:
+    from mixtura.training.recipe import DataRecipe, Recipe, TrainRecipe
+
+    sections = (("", Recipe), ("data.", DataRecipe), ("train.", TrainRecipe))
+    return _table(("field", "default", "what it is"), (row for path, cls in sections for row in _fields(path, cls)))
+
+
+def _fields(path: str, cls: Any) -> Iterable[tuple[str, str, str]]:
+    said = attributes(cls)
+    for field in dataclasses.fields(cls):
+        yield f"`{path}{field.name}`", _default(field), said[field.name]
+
+
+def _default(field: Any) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{field.default_factory()!r}`"
+    return "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+
+
+def _columns() -> str:
+    from mixtura.traces.trace import COLUMNS, Trace
+
+    said = attributes(Trace)
+    return _table(
+        ("column", "type", "what it is"),
+        ((f"`{name}`", f"`{dtype.__name__}`", said[name]) for name, dtype in COLUMNS.items()),
+    )
+
+
+def _selection() -> str:
+    return _table(("field", "default", "what it is"), _fields("", SelectionSpec))
+
+
+def _bases() -> str:
+    tried = runpy.run_path(str(ROOT / "tests" / "pico.py"))
+    rows = [(f"`{name}`", "dense") for name in tried["DENSE"]]
+    rows += [(f"`{name}`", "has native mixtures") for name in tried["SPARSE"]]
+    return _table(("model_type", "kind"), rows)
+
+
+def _selections() -> str:
+    from mixtura.hf.families import known_families
+
+    return ", ".join(f"`{name}`" for name in known_families()) + "."
+
+
+def _not_expressible() -> str:
+    from mixtura.hf import families
+
+    return _table(("model_type", "why"), ((f"`{name}`", why) for name, why in sorted(families._OUTSIDE.items())))
+
+
+def _targets() -> str:
+    from mixtura.hf.export import TARGETS
+
+    rows = (
+        (f"`{target.family}`", ", ".join(f"`{base}`" for base in target.bases), "yes" if target.shared else "no")
+        for target in TARGETS
+    )
+    return _table(("written as", "from a model upcycled from", "shared expert"), rows)
+
+
+def _sources() -> str:
+    from mixtura.data import SOURCES
+
+    rows = ((f"`{name}`", f"`{s.package}`", s.kind, s.license) for name, s in SOURCES.items())
+    return _table(("name", "package", "through", "license"), rows)
+
+
+def _domains() -> str:
+    from mixtura.data import DOMAINS
+
+    rows = ((f"`{name}`", d.title, "yes" if d.download else "no") for name, d in DOMAINS.items())
+    return _table(("domain", "what it is", "download"), rows)
+
+
+TABLES = {
+    "methods": _methods,
+    "recipe": _recipe,
+    "columns": _columns,
+    "selection": _selection,
+    "bases": _bases,
+    "selections": _selections,
+    "not-expressible": _not_expressible,
+    "targets": _targets,
+    "sources": _sources,
+    "domains": _domains,
+}
