@@ -50,3 +50,14 @@ def test_wrong_numbers_are_refused(options):
         fit_router_rows(pico("llama"), kinds(), [0], **options)
     with pytest.raises(OptionError, match="two or more kinds"):
         fit_router_rows(pico("llama"), {"one": tokens()}, [0])
+
+
+def test_clusters_part_the_states_and_are_told_apart():
+    model, blocks = pico("llama"), kinds()
+    rows = fit_router_rows(model, blocks, [1], clusters=3, ridge=1e-3)[1]
+    assert rows.shape == (3, 32)
+    _, X, _ = naive(model, blocks, 1, 0.1, 1.0)
+    used = torch.bincount((X @ rows.T).argmax(1), minlength=3)
+    assert (used > 0).all()
+    again = fit_router_rows(model, blocks, [1], clusters=3, ridge=1e-3)[1]
+    assert torch.equal(rows, again)

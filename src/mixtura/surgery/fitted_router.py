@@ -1,10 +1,11 @@
-"""Router rows that begin as a classifier of text: copy c of an upcycled layer starts with the tokens of kind c.
+"""Router rows that begin as a classifier: copy c of an upcycled layer starts with the tokens of kind c.
 
     rows = (X^T X / T + ridge * mean diagonal * I)^-1 X^T (Y - mean Y) / T,   scaled to logits of a given deviation
 
-X (T, D) are the states that enter the feed-forward, Y (T, C) the kinds of the texts they come from, one-hot: a linear
-probe by ridge regression, one solve a layer and no training. Copies then part by the kind of text from the first step
-on, where random routers must find a partition while they learn.
+X (T, D) are the states that enter the feed-forward, Y (T, C) their kinds, one-hot: the kind of text that a token comes
+from, or its cluster among the states (k-means on centered directions, begun as k-means++). A linear probe by ridge
+regression, one solve a layer and no training. Copies then part from the first step on, where random routers must find a
+partition while they learn.
 
 C kinds and copies, D width, T tokens, N blocks of L tokens.
 """
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import functional as F
 
 from mixtura.core.errors import OptionError
 
@@ -26,8 +27,10 @@ def fit_router_rows(
     blocks: Mapping[str, torch.Tensor],
     layers: Sequence[int],
     *,
+    clusters: int | None = None,
     ridge: float = 1e-2,
     sharpness: float = 10.0,
+    seed: int = 0,
     batch_size: int = 4,
 ) -> dict[int, torch.Tensor]:
     """Rows of a router for each layer, to be given to ``upcycle`` as ``router_rows``.
@@ -36,66 +39,75 @@ def fit_router_rows(
         model: dense causal language model.
         blocks: token ids (N, L) by kind of text; the order of the kinds is that of the copies.
         layers: numbers of decoder layers.
+        clusters: C, to part states by clusters of their own; None parts them by kind of text.
         ridge: regularization, relative to the mean variance of the states.
         sharpness: standard deviation of the logits.
+        seed: of the clusters.
         batch_size: blocks of a forward pass.
 
     Returns:
         By layer, rows (C, D) in float32.
 
     Raises:
-        OptionError: if there are fewer than two kinds, or a number is not above 0.
+        OptionError: if there are fewer than two kinds or clusters, or a number is not above 0.
     """
-    if len(blocks) < 2 or ridge <= 0 or sharpness <= 0:
+    copies = len(blocks) if clusters is None else clusters
+    if copies < 2 or ridge <= 0 or sharpness <= 0:
         raise OptionError(
-            "two or more kinds of text, and ridge and sharpness above 0, are needed, "
-            f"got {len(blocks)}, {ridge} and {sharpness}"
+            "two or more kinds or clusters, and ridge and sharpness above 0, are needed, "
+            f"got {copies}, {ridge} and {sharpness}"
         )
-    gram: dict[int, torch.Tensor] = {}
-    moment: dict[int, torch.Tensor] = {}
-    counts_C = torch.zeros(len(blocks))
-    for c, ids_NL in enumerate(blocks.values()):
-        counts_C[c] = ids_NL.numel()
-        for ids_BL in ids_NL.split(batch_size):
-            for i, states_TD in _entering(model, ids_BL, layers).items():
-                gram[i] = gram.get(i, 0) + states_TD.T @ states_TD
-                moment.setdefault(i, states_TD.new_zeros(len(blocks), states_TD.shape[1]))[c] += states_TD.sum(0)
-    return {i: _solve(gram[i], moment[i], counts_C, ridge, sharpness) for i in layers}
+    kinds = torch.cat([torch.full((ids_NL.numel(),), c) for c, ids_NL in enumerate(blocks.values())])
+    rows = {}
+    for i, states_TD in _entering(model, blocks, layers, batch_size).items():
+        kinds_T = kinds if clusters is None else _clusters(states_TD, clusters, torch.Generator().manual_seed(seed))
+        rows[i] = _ridge(states_TD, F.one_hot(kinds_T, copies).to(states_TD), ridge, sharpness)
+    return rows
 
 
-def _entering(model: Any, ids_BL: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """States (T, D) that enter the feed-forward of each layer."""
+def _entering(
+    model: Any, blocks: Mapping[str, torch.Tensor], layers: Sequence[int], batch_size: int
+) -> dict[int, torch.Tensor]:
+    """States (T, D) that enter the feed-forward of each layer, in the order of the blocks."""
     from mixtura.hf import feed_forward_sites
 
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
 
     def keep(number: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found[number] = args[0].reshape(-1, args[0].shape[-1]).float()
-
-        return hook
+        return lambda module, args: found[number].append(args[0].flatten(0, -2).float())
 
     sites = feed_forward_sites(model)
     entries = {i: getattr(sites[i].parent, sites[i].name) for i in layers}
     handles = [entry.register_forward_pre_hook(keep(i)) for i, entry in entries.items()]
     try:
-        model.eval()(ids_BL.to(model.device), use_cache=False, logits_to_keep=1)
+        for ids_NL in blocks.values():
+            for ids_BL in ids_NL.split(batch_size):
+                model.eval()(ids_BL.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {i: torch.cat(states) for i, states in found.items()}
 
 
-def _solve(
-    gram_DD: torch.Tensor, moment_CD: torch.Tensor, counts_C: torch.Tensor, ridge: float, sharpness: float
-) -> torch.Tensor:
-    T = counts_C.sum()
-    centered_CD = moment_CD / T - (counts_C / T)[:, None] * moment_CD.sum(0) / T
-    covariance_DD = gram_DD / T
-    penalty = ridge * covariance_DD.diagonal().mean() * torch.eye(len(covariance_DD))
-    rows_CD = torch.linalg.solve(covariance_DD + penalty, centered_CD.T).T
-    mean_D = moment_CD.sum(0) / T
-    logits_mean_C = rows_CD @ mean_D
-    second_moment = ((rows_CD @ covariance_DD) * rows_CD).sum(1)
-    spread = (second_moment.mean() - logits_mean_C.mean().square()).sqrt()
-    return rows_CD * (sharpness / spread)
+def _ridge(states_TD: torch.Tensor, kinds_TC: torch.Tensor, ridge: float, sharpness: float) -> torch.Tensor:
+    T = len(states_TD)
+    gram_DD = states_TD.T @ states_TD / T
+    gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
+    rows_CD = torch.linalg.solve(gram_DD, states_TD.T @ (kinds_TC - kinds_TC.mean(0)) / T).T
+    return rows_CD * (sharpness / (states_TD @ rows_CD.T).std(correction=0))
+
+
+def _clusters(states_TD: torch.Tensor, number: int, generator: torch.Generator, steps: int = 15) -> torch.Tensor:
+    """Cluster of each state, by its direction from the mean."""
+    directions_TD = F.normalize(states_TD - states_TD.mean(0), dim=-1).cpu()
+    first = torch.randint(len(directions_TD), (1,), generator=generator)
+    centers_CD = directions_TD[first]
+    for _ in range(number - 1):
+        distance_T = (2 - 2 * (directions_TD @ centers_CD.T).amax(1)).clamp(min=0)
+        centers_CD = torch.cat([centers_CD, directions_TD[torch.multinomial(distance_T, 1, generator=generator)]])
+    for _ in range(steps):
+        nearest_T = (directions_TD @ centers_CD.T).argmax(1)
+        for c in range(number):
+            if (nearest_T == c).any():
+                centers_CD[c] = F.normalize(directions_TD[nearest_T == c].mean(0), dim=0)
+    return (directions_TD @ centers_CD.T).argmax(1).to(states_TD.device)
