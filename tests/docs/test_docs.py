@@ -1,0 +1,157 @@
+"""The docs are true: their code runs, their recipes parse, their commands exist, and public names are documented."""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+import mixtura
+from mixtura.cli.main import app
+from mixtura.core import registry
+from mixtura.core.errors import UnknownNameError
+from mixtura.data import SOURCES
+from mixtura.hf.families import known_families
+from mixtura.training.recipe import Recipe
+from pico import pico
+from training.byte_tokenizer import VOCABULARY_SIZE, byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+PACKAGES = [name for _, name, package in pkgutil.walk_packages(mixtura.__path__, "mixtura.") if package]
+
+
+def blocks(page, language):
+    """Code blocks of a page in one language, indentation of lists taken off."""
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [textwrap.dedent(body) for _, kind, body in found if kind == language]
+
+
+def with_blocks(language):
+    return [pytest.param(page, id=page.name) for page in PAGES if blocks(page, language)]
+
+
+def commands():
+    return typer.main.get_command(app).commands
+
+
+def hooks():
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def small_world(monkeypatch, tmp_path):
+    """Every model is a pico Llama, files go to a temporary folder, and methods of examples are forgotten."""
+
+    def load_model(name, **_):
+        tokenizer = byte_tokenizer()
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        return pico("llama", vocab_size=VOCABULARY_SIZE, num_hidden_layers=6), tokenizer
+
+    monkeypatch.setattr("mixtura.hf.load.load_model", load_model)
+    monkeypatch.setattr(registry, "_TABLE", {row.key: row for row in registry.methods()})
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+@pytest.mark.usefixtures("small_world")
+def test_python_runs_top_to_bottom(page):
+    namespace = {"__name__": page.stem}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"))
+def test_recipes_parse(page):
+    for block in blocks(page, "yaml"):
+        recipe = Recipe.from_dict(yaml.safe_load(block))
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def command_lines(page):
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("mixtura ")]
+
+
+@pytest.mark.parametrize("page", with_blocks("bash"))
+def test_command_lines_parse(page):
+    for _, name, *arguments in command_lines(page):
+        assert name in commands()
+        commands()[name].make_context(name, arguments)
+
+
+def test_readme_names_every_command_and_no_other():
+    table = re.findall(r"^\| `mixtura (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(table) == sorted(commands())
+
+
+def test_readme_names_every_source_and_its_license():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, source in SOURCES.items():
+        row = next(line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line)
+        assert source.license in row
+
+
+def test_readme_counts_the_families_that_there_are():
+    assert f"of {len(known_families())} native families as data" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_have_docstrings(package):
+    module = importlib.import_module(package)
+    for name in getattr(module, "__all__", ()):
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            assert value.__doc__, f"{package}.{name} has no docstring"
+
+
+def test_the_page_of_methods_has_every_card():
+    page = hooks().generated("methods")
+    for row in registry.methods():
+        assert f"### {row.key}\n" in page
+        for option in row.options:
+            assert f"| `{option}` |" in page
+
+
+def test_every_generated_table_that_a_page_asks_for_is_there():
+    module = hooks()
+    asked = {name for page in PAGES for name in module._MARKER.findall(page.read_text(encoding="utf-8"))}
+    assert asked == set(module.TABLES)
+    for name in asked:
+        assert len(module.generated(name)) > 50
+
+
+def test_an_unknown_table_names_the_nearest():
+    with pytest.raises(UnknownNameError, match="did you mean 'methods'"):
+        hooks().generated("method")
+
+
+def test_a_table_cell_cannot_end_its_column():
+    assert hooks()._table(("a", "b"), [("x | y", 1)]).splitlines()[-1] == r"| x \| y | 1 |"
+
+
+def test_attributes_are_read_over_several_lines():
+    class Documented:
+        """A thing.
+
+        Attributes:
+            one: first,
+                and on.
+            two: second.
+
+        Raises:
+            Nothing: ever.
+        """
+
+    assert hooks().attributes(Documented) == {"one": "first, and on.", "two": "second."}
