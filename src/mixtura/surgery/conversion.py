@@ -41,12 +41,11 @@ def split_into_mixture(
     router_rows_CD: torch.Tensor | None,
     generator: torch.Generator,
 ) -> Mixture:
-    """Mixture of exact copies, each cut into shards; it computes what the dense layer computes, whatever the router
-    says.
+    """Mixture of exact copies, each cut into shards; it computes what the dense layer computes for every router.
 
-    The rows of the router are equal within a copy, so all shards of a copy are chosen together, each with 1 / k of
-    the weight times the copy's share; down projections carry the factor G, and the output bias is counted once since
-    weights sum to 1.
+    The rows of the router are equal within a copy, so all shards of a copy are chosen together, each with 1 / G of
+    the copy's weight. Down projections carry the factor G, which no stock family could hold as a scale; the output bias
+    does not, and is counted once since weights sum to 1.
 
     Args:
         dense: what to copy.
@@ -61,8 +60,10 @@ def split_into_mixture(
     Raises:
         OptionError: on a value outside of these.
     """
-    always = round(shared * dense.width)
-    _check(dense, copies, shards, k, shared, always)
+    for name, value in (("copies", copies), ("shards", shards), ("k", k)):
+        check_whole(name, value)
+    always = round(check_share("shared", shared) * dense.width)
+    _check_fit(dense, copies, shards, k, always)
     routed = dense.slice(slice(always, None))
     router = TopKRouter(dense.dim, copies * shards, k, renormalize=1.0)
     gated, bias = dense.gate_FD is not None, dense.down_bias_D is not None
@@ -82,13 +83,38 @@ def split_into_mixture(
     return mixture
 
 
-def _check(dense: FeedForwardWeights, copies: int, shards: int, k: int, shared: float, always: int) -> None:
-    for name, value in (("copies", copies), ("shards", shards), ("k", k)):
-        if value < 1:
-            raise OptionError(f"{name} must be at least 1, got {value}")
-    if not 0 <= shared < 1:
-        raise OptionError(f"shared must lie in 0 <= shared < 1, got {shared}")
-    if (dense.width - always) % shards or dense.width == always:
+def check_whole(name: str, value: int) -> None:
+    """Raise ``OptionError`` unless an option is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_share(name: str, value: float) -> float:
+    """The option, if it is a number in 0 .. 1.
+
+    Raises:
+        OptionError: if it is not.
+    """
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise OptionError(f"{name} must be a number in 0 .. 1, got {value!r}")
+    return value
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Generator of everything that a method draws.
+
+    Raises:
+        OptionError: if the seed is no whole number.
+    """
+    if not isinstance(seed, int):
+        raise OptionError(f"seed must be a whole number, got {seed!r}")
+    return torch.Generator().manual_seed(seed)
+
+
+def _check_fit(dense: FeedForwardWeights, copies: int, shards: int, k: int, always: int) -> None:
+    if always == dense.width:
+        raise OptionError(f"shared must leave some of the {dense.width} hidden units to the experts")
+    if (dense.width - always) % shards:
         raise OptionError(f"shards must divide the {dense.width - always} routed hidden units, got {shards}")
     if k % shards or k > copies * shards:
         raise OptionError(

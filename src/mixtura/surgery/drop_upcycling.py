@@ -8,7 +8,7 @@ begins worse and is to end better, since equal copies part slowly.
 
 Paper versus code: the paper re-initializes the same units in all three matrices; the released code draws them anew
 for each matrix, so that only (1 - r)^3 of the units stay whole (0.125 at r = 0.5) instead of 1 - r. ``indices``
-chooses.
+chooses. The code also permutes the hidden units of each expert, which changes nothing and is left out. Biases are kept.
 
 Reference: Nakamura et al., arXiv:2502.19261.
 """
@@ -24,7 +24,7 @@ from mixtura.core.errors import MixturaWarning, OptionError
 from mixtura.core.registry import method
 from mixtura.nn.dense import FeedForwardWeights
 from mixtura.nn.experts.feed_forward import ExpertView, view_expert
-from mixtura.surgery.conversion import Conversion, RouterInit, split_into_mixture
+from mixtura.surgery.conversion import Conversion, RouterInit, check_share, seeded, split_into_mixture
 
 
 @method("drop-upcycling", role="surgery", paper="arXiv:2502.19261")
@@ -48,7 +48,7 @@ def drop_upcycling(
         copies: C.
         shards: G, parts that a copy is cut into.
         k: experts a token; a multiple of G.
-        ratio: r, share of the hidden units of each expert that begins anew.
+        ratio: r, share of the hidden units of each expert that begins anew, in 0 .. 1.
         indices: "shared" takes the same units in gate, up and down; "independent" draws them for each, as the code
             does.
         shared: share of the hidden units that every token passes; they are kept.
@@ -59,8 +59,7 @@ def drop_upcycling(
     Raises:
         OptionError: on a value outside of these.
     """
-    if not 0 <= ratio <= 1:
-        raise OptionError(f"ratio must lie in 0 .. 1, got {ratio}")
+    check_share("ratio", ratio)
     if indices not in ("shared", "independent"):
         raise OptionError(f"indices must be 'shared' or 'independent', got {indices!r}")
     if indices == "independent" and 0 < ratio < 1:
@@ -70,7 +69,7 @@ def drop_upcycling(
             MixturaWarning,
             stacklevel=2,
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     mixture = split_into_mixture(
         dense,
         copies=copies,

@@ -18,7 +18,10 @@ def chosen_layers(layers: str | Sequence[int], number: int) -> list[int]:
     Raises:
         OptionError: if nothing is chosen, a layer does not exist, or the text is of none of these forms.
     """
-    chosen = sorted(set(_parse(layers, number) if isinstance(layers, str) else layers))
+    listed = _parse(layers, number) if isinstance(layers, str) else layers
+    if not isinstance(listed, Sequence) or not all(type(layer) is int for layer in listed):
+        raise OptionError(f"layers must be a text or a list of whole numbers, got {layers!r}")
+    chosen = sorted(set(listed))
     if not chosen or chosen[0] < 0 or chosen[-1] >= number:
         raise OptionError(f"layers must name some of 0 .. {number - 1}, got {layers!r}")
     return chosen
