@@ -67,8 +67,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _methods() -> str:
-    rows = registry.methods()
-    return "\n\n".join(part for role in dict.fromkeys(row.role for row in rows) for part in _role(role))
+    roles = sorted({row.role for row in registry.methods()})
+    return "\n\n".join(part for role in roles for part in _role(role))
 
 
 def _role(role: str) -> list[str]:
@@ -88,15 +88,17 @@ def _without_sections(card: str) -> str:
 
 
 def _options(row: Method) -> str:
+    shown = inspect.signature(row.build, eval_str=True).parameters
     rows = (
-        (f"`{name}`", f"`{_annotation(option)}`", "" if option.default is option.empty else f"`{option.default!r}`")
+        (f"`{name}`", _annotation(shown[name]), "" if option.default is option.empty else f"`{option.default!r}`")
         for name, option in row.options.items()
     )
     return _table(("option", "type", "default"), rows)
 
 
 def _annotation(option: inspect.Parameter) -> str:
-    return option.annotation if isinstance(option.annotation, str) else inspect.formatannotation(option.annotation)
+    # a table takes no bare "|", and shows an escaped one inside of code with its backslash
+    return f"`{inspect.formatannotation(option.annotation).replace(' | ', ' or ')}`"
 
 
 def _recipe() -> str:
@@ -152,13 +154,18 @@ def _not_expressible() -> str:
 
 
 def _targets() -> str:
-    from mixtura.hf.export import TARGETS
+    from mixtura.hf.export import TARGETS, Target
 
-    rows = (
-        (f"`{target.family}`", ", ".join(f"`{base}`" for base in target.bases), "yes" if target.shared else "no")
-        for target in TARGETS
-    )
-    return _table(("written as", "from a model upcycled from", "shared expert"), rows)
+    said = {name: text for name, text in attributes(Target).items() if name != "family"}
+    rows = ((text.rstrip("."), *(_plain(getattr(target, name)) for target in TARGETS)) for name, text in said.items())
+    return _table(("capability", *(f"`{target.family}`" for target in TARGETS)), rows)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(_plain(part) for part in value)
+    words = {"True": "yes", "False": "no", "None": "nothing", "1.0": "their sum"}
+    return words.get(str(value), str(value))
 
 
 def _sources() -> str:

@@ -66,6 +66,7 @@ def small_world(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("page", with_blocks("python"))
 @pytest.mark.usefixtures("small_world")
+@pytest.mark.filterwarnings("ignore:a top-1 gate:mixtura.core.errors.MixturaWarning")  # the tour's, whose page says why
 def test_python_runs_top_to_bottom(page):
     namespace = {"__name__": page.stem}
     for block in blocks(page, "python"):
@@ -139,6 +140,12 @@ def test_an_unknown_table_names_the_nearest():
 
 def test_a_table_cell_cannot_end_its_column():
     assert hooks()._table(("a", "b"), [("x | y", 1)]).splitlines()[-1] == r"| x \| y | 1 |"
+
+
+def test_types_of_options_are_spelled_out_without_a_bar():
+    page = hooks().generated("methods")
+    assert "| `score` | `Literal['softmax', 'sigmoid', 'relu', 'none']` | `'softmax'` |" in page
+    assert "| `renormalize` | `float or None` | `1.0` |" in page
 
 
 def test_attributes_are_read_over_several_lines():
