@@ -5,24 +5,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
 from mixtura.core.errors import FetchError, FileFormatError, OptionError, unknown_name
-from mixtura.data.domains import DOMAINS
+from mixtura.data.domains import DOMAINS, SHORTEST
 
 
 def load_domain(name: str) -> list[str]:
     """Documents of a domain, each once, in an order that is the same on every run.
 
     Args:
-        name: one of ``DOMAINS``, or ``NAME=PATH`` for text of one's own: a file or folder of .txt, or a .jsonl whose
-            lines have "text".
+        name: one of ``DOMAINS``, or ``NAME=PATH`` for text of one's own: a folder of .txt files, each a document; a
+            .jsonl whose lines have "text"; or one text file, which is cut at empty lines.
 
     Raises:
         UnknownNameError: with the nearest name.
         FetchError: if its package cannot be had.
+        FileFormatError: if a file cannot be read; of a .jsonl with the number of the line.
         OptionError: if it has fewer than two documents: one is to be held out.
     """
     name, _, path = name.partition("=")
@@ -35,25 +37,41 @@ def load_domain(name: str) -> list[str]:
 
 
 def _read(path: Path) -> Iterable[str]:
-    if path.suffix == ".jsonl":
-        return _read_lines(path)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     try:
-        return [text for file in files if (text := file.read_text(encoding="utf-8")).strip()]
+        if path.suffix == ".jsonl":
+            texts = [_text(line, path, n) for n, line in enumerate(_utf8(path).split("\n"), 1) if line.strip()]
+        elif path.is_dir():
+            texts = [_utf8(file) for file in sorted(path.rglob("*.txt"))]
+        else:
+            texts = _cut(_utf8(path))
     except (OSError, UnicodeDecodeError) as error:
         raise FileFormatError(f"text {str(path)!r} cannot be read: {error}") from None
-
-
-def _read_lines(path: Path) -> list[str]:
-    texts = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            texts.append(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError):
-        raise FileFormatError(f'{str(path)!r}: line {len(texts) + 1} is no JSON object with "text"') from None
-    except OSError as error:
-        raise FileFormatError(f"text {str(path)!r} cannot be read: {error}") from None
     return [text for text in texts if text.strip()]
+
+
+def _utf8(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _text(line: str, path: Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+        text.encode()  # also refuses half of a surrogate pair, which no tokenizer takes
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FileFormatError(f'{str(path)!r}: line {number} is no JSON object with "text"') from None
+    return str(text)
+
+
+def _cut(text: str) -> list[str]:
+    """Documents of one text: whole paragraphs until a document is long enough; a short rest joins the last one."""
+    documents = [""]
+    for paragraph in re.split(r"(?<=\n)(?=[ \t]*\n)", text):
+        if len(documents[-1]) >= SHORTEST:
+            documents.append("")
+        documents[-1] += paragraph
+    rest = documents.pop() if len(documents[-1].strip()) < SHORTEST and len(documents) > 1 else ""
+    documents[-1] += rest
+    return [document.strip("\n") for document in documents]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +107,16 @@ class Corpus:
             FetchError: if ``on_missing`` is "raise", or no domain is left.
             OptionError: on a value outside of these, and as ``load_domain``.
         """
+        if on_missing not in ("skip", "raise"):
+            raise OptionError(f"on_missing must be 'skip' or 'raise', got {on_missing!r}")
         texts: dict[str, list[str]] = {}
         skipped: dict[str, str] = {}
-        for name in domains:
+        for name in dict.fromkeys(domains):
+            label = name.partition("=")[0]
+            if label in texts:
+                raise OptionError(f"domain {label!r} is given twice")
             try:
-                texts[name.partition("=")[0]] = load_domain(name)
+                texts[label] = load_domain(name)
             except FetchError as error:
                 if on_missing == "raise":
                     raise
@@ -106,11 +129,21 @@ class Corpus:
     def split(
         cls, texts: Mapping[str, Sequence[str]], *, held_out: float = 0.1, skipped: Mapping[str, str] | None = None
     ) -> Self:
-        """Hold out the documents whose hash is smallest: a document stays on its side when others come or go."""
+        """Hold out the documents whose hash is smallest: a document stays on its side when others come or go.
+
+        Args:
+            texts: documents by domain; what is there twice counts once.
+            held_out: share of the documents; at least one of each domain is held out, and at least one is not.
+            skipped: why a domain is not there.
+
+        Raises:
+            OptionError: if held_out does not lie between 0 and 1, or a domain has fewer than two documents.
+        """
         if not 0 < held_out < 1:
             raise OptionError(f"held_out must lie between 0 and 1, got {held_out}")
         train, held = {}, {}
-        for name, documents in texts.items():
+        for name, given in texts.items():
+            documents = list(dict.fromkeys(given))
             if len(documents) < 2:
                 raise OptionError(f"domain {name!r} needs at least two documents, got {len(documents)}")
             place = {text: _place(text) for text in documents}

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -111,10 +112,10 @@ def _download_and_unpack(source: Source, folder: Path, name: str, progress: bool
 
 def _verify(folder: Path) -> None:
     try:
-        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise FileFormatError(f"{str(folder)!r} has no readable manifest; delete the folder and fetch again") from None
-    for name, wanted in files.items():
+    for name, wanted in files:
         path = folder / name
         if not path.is_file() or sha256(path) != wanted:
             state = "has changed" if path.is_file() else "is missing"
@@ -176,7 +177,7 @@ def _unpack(archive: Path, out: Path, keep: Sequence[str], scratch: Path) -> lis
     try:
         if archive.suffix == ".deb":
             _run(["dpkg-deb", "-x", str(archive), str(scratch)], archive.parent)
-        elif archive.suffix == ".whl":
+        elif archive.suffix in (".whl", ".zip"):
             with zipfile.ZipFile(archive) as file:
                 for name in _matching(file.namelist(), keep):
                     file.extract(name, scratch)  # drops drives and ".."
@@ -184,7 +185,7 @@ def _unpack(archive: Path, out: Path, keep: Sequence[str], scratch: Path) -> lis
             with tarfile.open(archive) as file:
                 members = [m for m in file.getmembers() if m.isfile() and list(_matching([m.name], keep))]
                 file.extractall(scratch, members=members, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
         raise FileFormatError(f"{archive.name} is damaged: {error}") from None
     kept = []
     for path in sorted(scratch.rglob("*")):
