@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -81,10 +82,11 @@ def block_counts(proportions: Mapping[str, float], total: int) -> dict[str, int]
     for name, share in proportions.items():
         if not 0 <= share < math.inf:
             raise OptionError(f"proportion of {name!r} must be finite and at least 0, got {share}")
-    whole = sum(proportions.values())
+    shares = {name: Fraction(share) for name, share in proportions.items()}
+    whole = sum(shares.values())
     if whole == 0:
         raise OptionError("proportions must not all be 0")
-    exact = {name: share / whole * total for name, share in proportions.items()}
+    exact = {name: share / whole * total for name, share in shares.items()}
     counts = {name: int(share) for name, share in exact.items()}
     by_rest = sorted(exact, key=lambda name: (counts[name] - exact[name], name))
     for name in by_rest[: total - sum(counts.values())]:
