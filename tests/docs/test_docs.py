@@ -18,9 +18,10 @@ from mixtura.cli.main import app
 from mixtura.core import registry
 from mixtura.core.errors import UnknownNameError
 from mixtura.data import SOURCES
+from mixtura.hf import families
 from mixtura.hf.families import known_families
 from mixtura.training.recipe import Recipe
-from pico import pico
+from pico import DENSE, pico
 from training.byte_tokenizer import VOCABULARY_SIZE, byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +106,10 @@ def test_readme_names_every_source_and_its_license():
 
 
 def test_readme_counts_the_families_that_there_are():
-    assert f"of {len(known_families())} native families as data" in (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"the selection of {len(known_families())} native families as data" in text
+    assert f"({len(families._OUTSIDE)} families are refused by name)" in text
+    assert f"tried on {len(DENSE)} dense families" in text
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -115,6 +119,13 @@ def test_public_names_have_docstrings(package):
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isroutine(value):
             assert value.__doc__, f"{package}.{name} has no docstring"
+
+
+def test_modules_of_the_reference_exist():
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(named) == len(set(named)) > 30
+    for name in named:
+        assert importlib.import_module(name).__doc__
 
 
 def test_the_page_of_methods_has_every_card():
