@@ -154,7 +154,7 @@ def _not_expressible() -> str:
 
 
 def _targets() -> str:
-    from mixtura.hf.export import TARGETS, Target
+    from mixtura.hf.capabilities import TARGETS, Target
 
     said = {name: text for name, text in attributes(Target).items() if name != "family"}
     rows = ((text.rstrip("."), *(_plain(getattr(target, name)) for target in TARGETS)) for name, text in said.items())

@@ -19,6 +19,7 @@ from mixtura.core import registry
 from mixtura.core.errors import UnknownNameError
 from mixtura.data import SOURCES
 from mixtura.hf import families
+from mixtura.hf.capabilities import TARGETS
 from mixtura.hf.families import known_families
 from mixtura.training.recipe import Recipe
 from pico import DENSE, pico
@@ -110,6 +111,8 @@ def test_readme_counts_the_families_that_there_are():
     assert f"the selection of {len(known_families())} native families as data" in text
     assert f"({len(families._OUTSIDE)} families are refused by name)" in text
     assert f"tried on {len(DENSE)} dense families" in text
+    *most, last = [target.family for target in TARGETS]
+    assert f"export to {', '.join(most)} and {last}" in text
 
 
 @pytest.mark.parametrize("package", PACKAGES)
