@@ -1,14 +1,20 @@
 """Sparse and drop-upcycling: the invariants of their rows, and what the receipt says."""
 
+import gc
+import json
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mixtura.core import MixturaWarning, NotExpressibleError, OptionError, UnknownNameError
+from mixtura.core import MixturaError, MixturaWarning, NotExpressibleError, OptionError, UnknownNameError, registry
 from mixtura.hf import feed_forward_sites, mixtures
 from mixtura.hf.count import count_parameters
+from mixtura.nn.backends import naive_backend
 from mixtura.nn.dense import FeedForwardWeights
 from mixtura.nn.experts.feed_forward import view_expert
+from mixtura.surgery.conversion import Conversion
 from mixtura.surgery.drop_upcycling import drop_upcycling
 from mixtura.surgery.sparse_upcycling import sparse_upcycling
 from mixtura.surgery.upcycle import upcycle
@@ -125,12 +131,18 @@ def test_mean_and_spread_of_each_matrix_are_kept():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"copies": 0}, "copies must be at least 1, got 0"),
+        ({"copies": 0}, "copies must be a whole number of at least 1, got 0"),
+        ({"copies": 2.0}, r"copies must be a whole number of at least 1, got 2\.0"),
+        ({"k": "2"}, "k must be a whole number of at least 1, got '2'"),
+        ({"seed": None}, "seed must be a whole number, got None"),
         ({"copies": 2, "shards": 1, "k": 3}, "at most copies"),
         ({"shards": 2, "k": 3}, "multiple of shards = 2"),
         ({"shards": 7, "k": 7}, "shards must divide the 24"),
-        ({"noise": -1.0}, "noise must be at least 0, got -1"),
-        ({"shared": 1.0}, "shared must lie in"),
+        ({"noise": -1.0}, "noise must be a number of at least 0, got -1"),
+        ({"noise": "1e-2"}, "noise must be a number of at least 0, got '1e-2'"),
+        ({"noise": float("nan")}, "noise must be a number of at least 0, got nan"),
+        ({"shared": 1.0}, "shared must leave some of the 24 hidden units"),
+        ({"shared": 1.5}, r"shared must be a number in 0 \.\. 1, got 1\.5"),
         ({"router_init": "zeros"}, "router_init must be"),
         ({"router_rows_CD": torch.zeros(3, D)}, r"shape \(4, 16\), got \(3, 16\)"),
     ],
@@ -138,6 +150,66 @@ def test_mean_and_spread_of_each_matrix_are_kept():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(OptionError, match=message):
         sparse_upcycling(dense(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"ratio": 2}, "ratio must be a number in"), ({"indices": "same"}, "indices must be 'shared' or 'independent'")],
+)
+def test_wrong_options_of_dropping_are_named(options, message):
+    with pytest.raises(OptionError, match=message):
+        drop_upcycling(dense(), **options)
+
+
+@pytest.mark.parametrize("copies", [2, 3, 4])
+def test_two_whole_copies_are_bit_equal_where_halves_are(copies):
+    """w f + (1 - w) f rounds; with equal logits both weights are 1/2 and nothing does."""
+    weights, x = dense(), torch.randn(T, D)
+    mixture = sparse_upcycling(weights, copies=copies, shards=1, k=2, router_rows_CD=torch.zeros(copies, D)).mixture
+    alone = naive_backend(mixture.experts, x, torch.zeros(T, 1, dtype=torch.long), torch.ones(T, 1))
+    assert torch.equal(naive_backend(mixture.experts, x, *mixture.router(x)[:0:-1]), alone)
+
+
+@pytest.mark.parametrize(("shards", "k"), [(1, 2), (2, 2), (2, 4), (4, 4)])
+def test_the_gate_learns_at_first_within_copies_only(shards, k):
+    """Equal copies answer alike: their gradient is 0; that of the shards of a copy is not, but sums to 0."""
+    made = sparse_upcycling(dense(), copies=4, shards=shards, k=k).mixture
+    (made(torch.randn(T, D)) * torch.randn(T, D)).sum().backward()
+    gradient = made.router.gate.weight.grad.view(4, shards, D)
+    within = gradient - gradient.mean(1, keepdim=True)
+    assert gradient.sum(1).norm() < 1e-3
+    assert (within.norm() > 100) == (shards > 1)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_tied_rows_give_whole_copies_also_under_stock_top_k(shards):
+    """torch.topk promises no order among equals; as a set the shards of the best copies come out."""
+    made = sparse_upcycling(dense(), copies=5, shards=shards, k=2 * shards).mixture
+    x = torch.randn(500, D)
+    logits, _, ours = made.router(x)
+    theirs = logits.softmax(-1).topk(2 * shards).indices
+    assert torch.equal(ours.sort().values, theirs.sort().values)
+    copies = (ours // shards).sort().values.view(500, 2, shards)
+    assert (copies == copies[..., :1]).all()
+
+
+def test_the_shared_expert_keeps_its_weights_under_noise():
+    weights = dense()
+    made = sparse_upcycling(weights, copies=2, shards=1, k=2, shared=0.25, noise=0.5).mixture
+    assert torch.equal(made.shared.up_proj.weight, weights.up_FD[: F // 4])
+
+
+def test_noise_is_relative_to_each_matrix():
+    loud, weights = 100.0, dense()
+    weights = weights._replace(up_FD=weights.up_FD * loud)
+    ups = sparse_upcycling(weights, copies=1, shards=1, k=1, noise=0.1).mixture.experts.gate_up_proj[0].detach()
+    assert float((ups[:F] - weights.gate_FD).std()) == pytest.approx(0.1, rel=0.3)
+    assert float((ups[F:] - weights.up_FD).std()) == pytest.approx(0.1 * loud, rel=0.3)
+
+
+def test_biases_of_one_entry_survive_noise():
+    made = sparse_upcycling(dense(bias=True), copies=2, shards=F, k=F, noise=0.1).mixture
+    assert all(parameter.isfinite().all() for parameter in made.parameters())
 
 
 @pytest.mark.parametrize("base", DENSE)
@@ -178,6 +250,86 @@ def test_given_rows_become_the_router():
     model, receipt = upcycle(pico("llama"), layers=[2], router_rows=rows)
     assert torch.equal(mixtures(model)["2"].router.gate.weight, rows[2].repeat_interleave(2, 0))
     assert receipt["router"] == "fitted"
+    with pytest.raises(OptionError, match=r"router_rows must have rows for layer 1, got layers \[2\]"):
+        upcycle(pico("llama"), layers=[1, 2], router_rows=rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_half_precision_is_kept_and_its_rounding_is_no_breach(base, dtype):
+    model, receipt = upcycle(pico(base).to(dtype), layers="all", copies=4, shards=2, k=2)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert receipt["preserves_the_function"]
+    assert receipt["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_the_receipt_is_json_and_says_what_was_done():
+    receipt = json.loads(json.dumps(upcycle(pico("llama"), layers=[2], copies=3, shards=4, k=4).receipt))
+    assert receipt["options"] == {
+        "copies": 3,
+        "shards": 4,
+        "k": 4,
+        "noise": 0.0,
+        "shared": 0.0,
+        "router_init": "normal",
+        "seed": 0,
+    }
+    assert (receipt["tied_router_rows"], receipt["router"]) == (4, "random")
+    assert receipt["bit_equal"] == (receipt["max_logit_difference"] == 0)
+
+
+def test_noise_promises_nothing_and_says_so():
+    receipt = upcycle(pico("llama"), layers="all", noise=0.5).receipt
+    assert not receipt["preserves_the_function"]
+    assert not receipt["bit_equal"]
+    assert receipt["max_logit_difference"] > 1e-4
+
+
+def lies(dense: FeedForwardWeights, *, factor: float = 2.0) -> Conversion:
+    """A surgery that doubles the layer and promises that nothing changed."""
+    made = sparse_upcycling(dense).mixture
+    with torch.no_grad():
+        made.experts.down_proj.mul_(factor)
+    return Conversion(made, preserves=True)
+
+
+def test_a_broken_promise_is_an_error(monkeypatch):
+    monkeypatch.setattr(registry, "methods", lambda role: [registry.Method("lies", role, lies)])
+    with pytest.raises(MixturaError, match="lies promised equal logits, but they differ"):
+        upcycle(pico("llama", initializer_range=0.3), "lies", layers="all")
+    with pytest.raises(MixturaError, match="not finite"):
+        upcycle(pico("llama"), "lies", layers="all", factor=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(3, dtype=torch.long), r"token ids \(B, Q\)"),
+        (torch.zeros(2, 3), r"token ids \(B, Q\), got torch\.float32"),
+        (torch.full((1, 4), 64), r"lie in 0 \.\. 63, got 64 \.\. 64"),
+    ],
+)
+def test_tokens_that_are_no_ids_are_refused(ids, message):
+    with pytest.raises(OptionError, match=message):
+        upcycle(pico("llama"), tokens_BQ=ids)
+
+
+def test_the_mode_is_kept_and_dense_layers_are_let_go():
+    model = pico("llama").train()
+    gone, kept = weakref.ref(model.model.layers[2].mlp), weakref.ref(model.model.layers[0].mlp)
+    upcycled = upcycle(model, layers=[2]).model
+    gc.collect()
+    assert upcycled.training
+    assert gone() is None
+    assert kept() is upcycled.model.layers[0].mlp
+
+
+def test_a_refusal_leaves_the_model_alone():
+    model = pico("llama")
+    before = model(tokens()).logits
+    with pytest.raises(OptionError, match="multiple of shards"):
+        upcycle(model, layers="all", shards=2, k=3)
+    assert torch.equal(model(tokens()).logits, before)
 
 
 def test_drop_upcycling_promises_nothing_and_reports_the_difference():
@@ -203,7 +355,7 @@ def test_layers_are_chosen_by_text_or_number(layers, chosen):
     assert upcycle(pico("llama"), layers=layers).receipt["layers"] == chosen
 
 
-@pytest.mark.parametrize("layers", ["last:4", "some", [3], [], "2-5", "every:0"])
+@pytest.mark.parametrize("layers", ["last:4", "some", [3], [], "2-5", "2-1", "every:0", 2, [1.0], [True], None])
 def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(OptionError, match="layers"):
         upcycle(pico("llama"), layers=layers)
@@ -223,8 +375,27 @@ def test_counts_equal_the_sum_over_tensors():
     assert count_parameters(model) == (total, total - 6 * expert, total)
 
 
-def test_native_mixtures_are_counted():
-    model = pico("olmoe")
+@pytest.mark.parametrize("base", SPARSE)
+def test_native_mixtures_are_counted(base):
+    model = pico(base)
     expert = 3 * 32 * 48
     total = sum(p.numel() for p in model.parameters())
     assert count_parameters(model).active == total - 3 * 2 * expert
+
+
+def test_native_mixtures_without_the_usual_name_for_k_are_counted():
+    model = pico("aria_text", moe_num_experts=4, moe_topk=3, moe_num_shared_experts=1)
+    experts = [m for m in model.modules() if getattr(m, "num_experts", None) == 4 and hasattr(m, "gate_up_proj")]
+    idle = sum(p.numel() // 4 for module in experts for p in module.parameters())
+    counts = count_parameters(model)
+    assert counts.active == counts.total - idle
+
+
+def test_active_parameters_are_what_a_token_passes():
+    """Naive: the tensors that get a gradient when one token is run, expert by expert."""
+    model = upcycle(pico("llama", initializer_range=0.3), layers=[1, 2], copies=4, shards=2, k=4).model
+    model(torch.tensor([[5]])).logits.square().sum().backward()
+    experts = {id(p) for m in mixtures(model).values() for p in m.experts.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in experts)
+    passed = sum(int(g.any()) * g.numel() for p in model.parameters() if id(p) in experts for g in p.grad)
+    assert count_parameters(model).active == rest + passed

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from mixtura.hf.families import selection_spec
 from mixtura.nn.experts.group import ExpertGroup
 from mixtura.nn.mixture import Mixture
 
@@ -29,7 +30,11 @@ class Counts(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> Counts:
-    """Count; native mixtures are found by their stacked experts, ours by their class."""
+    """Count; native mixtures are found by their stacked experts, ours by their class.
+
+    Raises:
+        NotExpressibleError: if it is not known how many experts of a native mixture a token chooses.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     idle, inside = 0, set()
@@ -60,4 +65,5 @@ def _is_native(module: nn.Module) -> bool:
 
 
 def _native_k(model: nn.Module) -> int:
-    return int(model.config.num_experts_per_tok)  # type: ignore[union-attr, arg-type]
+    k = getattr(model.config, "num_experts_per_tok", None)
+    return selection_spec(model.config).k if k is None else int(k)
