@@ -7,16 +7,20 @@ import re
 _TEXT_MACROS = re.compile(r"^\.\s*(?:SH|SS|B|I|SM|SB|BR|IR|RB|RI|BI|IB|TP|IP)\b[ \t]*(.*)")
 _ARGUMENT_IS_WIDTH = re.compile(r"^\.\s*(?:TP|IP)\b")
 _NAMED = {"aq": "'", "oq": "'", "cq": "'", "lq": '"', "rq": '"', "dq": '"', "bu": "*", "em": "-", "en": "-", "rs": "\\"}
-_NAMED |= {"ha": "^", "ti": "~", "co": "(c)", "Fo": "\u00ab", "Fc": "\u00bb", "..": "..."}
-_ESCAPES = (
-    (re.compile(r"\\\*\((\w\w)|\\\((\S\S)|\\\[(\S+?)\]"), lambda m: _NAMED.get(m[1] or m[2] or m[3], "")),
-    (re.compile(r"\\f(?:\[\w*\]|\(\w\w|\w)"), ""),
-    (re.compile(r"\\s[-+]?\d+|\\[hvwlL]'[^']*'|\\[&%:/,|^)]|\\c$"), ""),
-    (re.compile(r"\\-"), "-"),
-    (re.compile(r"\\[ ~0]"), " "),
-    (re.compile(r"\\\".*$"), ""),
-    (re.compile(r"\\e"), r"\\"),
-    (re.compile(r"\\(['`])"), r"\1"),
+_NAMED |= {"ha": "^", "ti": "~", "co": "(c)", "Fo": "\u00ab", "Fc": "\u00bb", "..": "...", "hy": "-", "ga": "`"}
+_NAMED |= {"Aq": "'", "C'": "'", "C`": "`", 'L"': '"', 'R"': '"', "``": '"', "''": '"', "--": "-", "C+": "C++"}
+_NAMED |= {"Gt": ">", "Lt": "<", "Am": "&", "+-": "\u00b1", "mc": "\u00b5", "mu": "\u00d7", ">=": "\u2265", "at": "@"}
+_ESCAPE = re.compile(
+    r"""\\(?:
+      \*?(?:\((?P<two>\S\S)|\[(?P<long>[^]\s]*)\])  # a character or a string by its name
+    | (?P<itself>['`.])
+    | (?P<minus>-) | (?P<backslash>[e\\]) | (?P<space>[ ~0])
+    | \*[^\s\\]?                                    # a string by one letter
+    | [fmM](?:\[[^]]*\]|\(\S\S|\w)                  # font, color, color behind
+    | s(?:[-+]?\d+|\[[^]]*\]) | [hvwlL]'[^']*'      # size, motions, lines
+    | [&%:/,|^){}du] | c$ | ".*$
+    )""",
+    re.VERBOSE,
 )
 
 
@@ -43,6 +47,11 @@ def _line(line: str) -> str | None:
         has_width = _ARGUMENT_IS_WIDTH.match(line)
         line = match[1].replace('"', "")
         line = re.sub(r"(^|\s+)\d+[a-z]?$", "", line) if has_width else line
-    for pattern, by in _ESCAPES:
-        line = pattern.sub(by, line)
-    return line.rstrip()
+    return _ESCAPE.sub(_text, line).rstrip()
+
+
+def _text(match: re.Match[str]) -> str:
+    if name := match["two"] or match["long"]:
+        return _NAMED.get(name, "")
+    signs = {"minus": "-", "backslash": "\\", "space": " "}
+    return match["itself"] or signs.get(match.lastgroup or "", "")
