@@ -24,14 +24,14 @@ from mixtura.core.files import write_file
 
 LAYERS = "last:6"
 UPCYCLE = {"copies": 4, "shards": 1, "k": 1, "shared": 0.5}
-DATA = {"sequence_length": 256, "held_out_tokens": 4096}
+DATA = {"sequence_length": 256, "held_out_tokens": 2048}
 TRAIN = {
-    "steps": 40,
+    "steps": 32,
     "batch_size": 4,
     "learning_rate": 4e-4,
     "warmup": 3,
-    "precision": "bfloat16",
-    "save_every": 20,
+    "precision": "float32",
+    "save_every": 16,
 }
 PROMPTS = ("def fibonacci(n):", "Der Befehl", "Shall I compare thee")
 VERSIONS = ("mixtura", "torch", "transformers", "numpy", "safetensors", "tokenizers")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from mixtura.core.errors import MixturaError
 from mixtura.core.files import write_file
-from mixtura.data import Corpus, MixedBlocks
+from mixtura.data import Corpus
 from mixtura.hf.count import count_parameters
 from mixtura.hf.export import export
 from mixtura.hf.generate import generate_text
@@ -28,6 +28,7 @@ from mixtura.tour import DATA, LAYERS, PROMPTS, TRAIN, UPCYCLE, Tour
 from mixtura.traces.inspect import capture_documents
 from mixtura.training.evaluate import bits_per_byte
 from mixtura.training.recipe import Recipe
+from mixtura.training.sequences import Sequences
 from mixtura.training.train import train
 
 _RELOAD = """
@@ -95,7 +96,7 @@ def compare_arms(tour: Tour) -> Arms:
 
     recipe = _recipe(tour, corpus, "mixtures")
     with tour.step("upcycle"):
-        blocks = _blocks_by_domain(corpus, tokenizer)
+        blocks = _blocks_by_domain(recipe, tokenizer, corpus)
         rows = fit_router_rows(base, blocks, layers, clusters=int(UPCYCLE["copies"]))
         tokens_BQ = torch.cat([ids_NL[:1, :128] for ids_NL in blocks.values()])
         mixture, receipt = upcycle(base, layers=layers, tokens_BQ=tokens_BQ, router_rows=rows, **UPCYCLE)
@@ -157,20 +158,14 @@ def _train(
     return done.model, done.history
 
 
-def _blocks_by_domain(corpus: Corpus, tokenizer: Any, number: int = 10) -> dict[str, torch.Tensor]:
-    """A few blocks (N, L) of each domain's training text."""
-    found = {}
-    for name, documents in corpus.train.items():
-        blocks = MixedBlocks(
-            {name: documents},
-            {name: 1.0},
-            total=number,
-            length=int(DATA["sequence_length"]),
-            tokenize=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-            seed=1,
-        )
-        found[name] = torch.stack([torch.as_tensor(block["input_ids"]) for block in blocks])
-    return found
+def _blocks_by_domain(recipe: Recipe, tokenizer: Any, corpus: Corpus, number: int = 4) -> dict[str, torch.Tensor]:
+    """The first blocks (N, L) of each domain in what the recipe reads, so that fitting the routers reads nothing more."""
+    blocks = Sequences.of(recipe, tokenizer, corpus).blocks
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in corpus.train}
+    for block in blocks:
+        if len(found[block["domain"]]) < number:
+            found[block["domain"]].append(torch.as_tensor(block["input_ids"]))
+    return {name: torch.stack(ids) for name, ids in found.items() if ids}
 
 
 def show_routing(tour: Tour, arms: Arms) -> dict[str, Any]:

@@ -1,25 +1,52 @@
 """``mixtura``: the commands, and the one place where errors become a line and an exit code.
 
-Exit codes: 0 done; 2 bad input or a full disk, one line says which; 130 interrupted; 1 a bug of ours. With MIXTURA_DEBUG=1
-the traceback is shown. Libraries that take seconds to import are imported inside of the commands.
+Exit codes: 0 done; 2 bad input or a full disk, one line says which; 130 interrupted; 1 a bug of ours. With
+MIXTURA_DEBUG=1 the traceback is shown. Libraries that take seconds to import are imported inside of the commands.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
+from typer.core import TyperGroup
 
 import mixtura
 from mixtura.cli import catalog, demo, models, seeing, training
 from mixtura.core.errors import MixturaError
 
+
+class _Commands(TyperGroup):
+    """Turns what a command raises into one line on standard error."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; wrong usage of the command line itself is left to typer, which exits with 2 too."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; what was complete is kept", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):  # typer's own: wrong usage
+                raise
+            full = "os error 28" in str(error)  # safetensors tells a full disk in words alone
+            _fail(error, 2 if full or isinstance(error, MixturaError | OSError) else 1)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    if os.environ.get("MIXTURA_DEBUG"):
+        traceback.print_exception(error)
+    hint = "" if code == 2 else " (this is a bug; MIXTURA_DEBUG=1 shows where)"
+    kind = "" if isinstance(error, MixturaError) else f"{type(error).__name__}: "
+    typer.echo(f"error: {kind}{' '.join(str(error).split())}{hint}", err=True)
+    raise typer.Exit(code)
+
+
 app = typer.Typer(
     name="mixtura",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,33 +76,7 @@ for module in (demo, catalog, models, training, seeing):
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _say("interrupted; what was complete is kept")
-        sys.exit(130)
-    except (MixturaError, OSError) as error:
-        _fail(error, 2)
-    except Exception as error:
-        _fail(error, 1)
-
-
-def _fail(error: Exception, code: int) -> None:
-    if os.environ.get("MIXTURA_DEBUG"):
-        traceback.print_exception(error)
-    hint = "" if code == 2 else " (this is a bug; MIXTURA_DEBUG=1 shows where)"
-    kind = "" if isinstance(error, MixturaError) else f"{type(error).__name__}: "
-    _say(f"error: {kind}{' '.join(str(error).split())}{hint}")
-    sys.exit(code)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    app()
 
 
 if __name__ == "__main__":

@@ -28,15 +28,18 @@ def upcycle(
 
     Example: mixtura upcycle smollm2-135m out --layers last:6 --option copies=4 --option shards=2
     """
-    from mixtura.core import registry
+    from mixtura.core.errors import unknown_name
     from mixtura.core.files import check_new_folder
-
-    made_by, options = registry.get(method), key_values(option)
-    made_by.check(options)
-    check_new_folder(out)
     from mixtura.hf.load import load_model
     from mixtura.hf.save import save_model
+    from mixtura.surgery.upcycle import default_options, find_surgery
     from mixtura.surgery.upcycle import upcycle as run
+
+    options, known = key_values(option), default_options(find_surgery(method))
+    for name in options:
+        if name not in known:
+            raise unknown_name(f"option of {method}", name, known)
+    check_new_folder(out)
 
     dense, tokenizer = load_model(model)
     made, receipt = run(dense, method, layers=layers, **options)

@@ -12,7 +12,7 @@ from mixtura.cli.options import Json, Model, domain_names, say_skipped, show
 
 def inspect(
     model: Model,
-    text: Annotated[str, typer.Option(help="Text to run; instead of domains.")] = "",
+    text: Annotated[str | None, typer.Option(help="Text to run; instead of domains.")] = None,
     domains: Annotated[
         str, typer.Option(help="Domains whose held-out text is run, by comma; all if there is no text.")
     ] = "",
@@ -27,9 +27,9 @@ def inspect(
     """
     from mixtura.core.errors import OptionError
 
-    if text and domains:
+    if text is not None and domains:
         raise OptionError("inspect takes --text or --domains, not both")
-    if text:
+    if text is not None:
         documents = {"text": [text]}
     else:
         from mixtura.data import Corpus

@@ -53,8 +53,14 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[
     it, and so gives other tokens for a digit after two spaces or a newline.
     """
     reader = _reader(Path(path))
-    _check(reader, path)
-    return _model(reader, path, dtype), _tokenizer(reader)
+    try:
+        _check(reader, path)
+        return _model(reader, path, dtype), _tokenizer(reader)
+    except MixturaError:
+        raise
+    except Exception as error:  # fields that contradict each other break numpy, torch, tokenizers or transformers
+        reason = str(error).strip().partition("\n")[0]
+        raise FileFormatError(f"GGUF file {str(path)!r} is damaged: {type(error).__name__} {reason}") from error
 
 
 def _reader(path: Path) -> Any:
@@ -102,6 +108,9 @@ def _model(reader: Any, path: str | Path, dtype: torch.dtype) -> Any:
 
     state = {_name(tensor.name): _weight(tensor, reader).to(dtype) for tensor in reader.tensors}
     config = _config(reader, tied="lm_head.weight" not in state)
+    layers = {name.split(".")[2] for name in state if name.startswith("model.layers.")}
+    if len(layers) != config.num_hidden_layers:  # a damaged number could ask for millions
+        raise FileFormatError(f"{str(path)!r} says {config.num_hidden_layers} layers and has {len(layers)}")
     config.dtype = dtype
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

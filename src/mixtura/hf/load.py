@@ -13,6 +13,7 @@ import torch
 
 from mixtura.core.errors import FetchError, FileFormatError, MixturaError, MixturaWarning, unknown_name
 from mixtura.data.fetch import fetch
+from mixtura.hf.bars import no_bars
 
 KNOWN = ("smollm2-135m",)
 
@@ -61,7 +62,8 @@ def _from_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     import mixtura.hf  # noqa: F401  registers the family and the backends
 
-    with _one_line_of_error(name):
+    bars = no_bars() if Path(name).exists() else contextlib.nullcontext()
+    with _one_line_of_error(name), bars:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,

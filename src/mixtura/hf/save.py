@@ -11,6 +11,7 @@ import yaml
 
 import mixtura
 from mixtura.core.files import write_folder
+from mixtura.hf.bars import no_bars
 
 _NATIVE = "Load it with `AutoModelForCausalLM.from_pretrained(folder)`; it is a stock `{family}` and needs no mixtura."
 _OWN = (
@@ -47,7 +48,7 @@ def save_model(
     Raises:
         OptionError: if ``out`` exists and overwrite is False.
     """
-    with write_folder(Path(out), overwrite=overwrite) as folder:
+    with no_bars(), write_folder(Path(out), overwrite=overwrite) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -61,7 +61,7 @@ def upcycle(
     from mixtura.hf import convert, feed_forward_sites
     from mixtura.hf.count import count_parameters
 
-    made_by = _surgery(method)
+    made_by = find_surgery(method)
     numbers = chosen_layers(layers, model.config.num_hidden_layers)
     tokens_BQ = _default_tokens(model) if tokens_BQ is None else _check_tokens(tokens_BQ, model.config.vocab_size)
     before, counts = _logits(model, tokens_BQ), count_parameters(model)
@@ -73,7 +73,7 @@ def upcycle(
     after = count_parameters(converted)
     receipt = {
         "method": method,
-        "options": {name: options.get(name, default) for name, default in _defaults(made_by).items()},
+        "options": {name: options.get(name, default) for name, default in default_options(made_by).items()},
         "router": "random" if router_rows is None and "router_rows_CD" not in options else "fitted",
         "tied_router_rows": max(_tied_rows(conversion.mixture) for conversion in made.values()),
         "layers": numbers,
@@ -90,14 +90,20 @@ def upcycle(
     return Upcycled(converted, receipt)
 
 
-def _surgery(key: str) -> registry.Method:
+def find_surgery(key: str) -> registry.Method:
+    """The surgery of that key.
+
+    Raises:
+        UnknownNameError: with the nearest key of a surgery.
+    """
     known = {row.key: row for row in registry.methods("surgery")}
     if key not in known:
         raise unknown_name("surgery", key, known)
     return known[key]
 
 
-def _defaults(made_by: registry.Method) -> dict[str, Any]:
+def default_options(made_by: registry.Method) -> dict[str, Any]:
+    """Options of a surgery that are plain values, with their defaults."""
     hidden = ("dense", "router_rows_CD")
     return {name: option.default for name, option in made_by.options.items() if name not in hidden}
 
