@@ -8,13 +8,14 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from mixtura.core.errors import MixturaError
+from mixtura.core.errors import MixturaError, MixturaWarning
 from mixtura.core.files import write_file
 from mixtura.data import Corpus
 from mixtura.hf.count import count_parameters
@@ -99,7 +100,9 @@ def compare_arms(tour: Tour) -> Arms:
         blocks = _blocks_by_domain(recipe, tokenizer, corpus)
         rows = fit_router_rows(base, blocks, layers, clusters=int(UPCYCLE["copies"]))
         tokens_BQ = torch.cat([ids_NL[:1, :128] for ids_NL in blocks.values()])
-        mixture, receipt = upcycle(base, layers=layers, tokens_BQ=tokens_BQ, router_rows=rows, **UPCYCLE)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MixturaWarning)  # that a top-1 gate gets no gradient: it is frozen here
+            mixture, receipt = upcycle(base, layers=layers, tokens_BQ=tokens_BQ, router_rows=rows, **UPCYCLE)
     del base
     receipts = {"upcycle": receipt}
     mixture, curves["mixture"] = _train(tour, "mixture", recipe, mixture, tokenizer, corpus, receipts)
@@ -159,7 +162,7 @@ def _train(
 
 
 def _blocks_by_domain(recipe: Recipe, tokenizer: Any, corpus: Corpus, number: int = 4) -> dict[str, torch.Tensor]:
-    """The first blocks (N, L) of each domain in what the recipe reads, so that fitting the routers reads nothing more."""
+    """The first blocks (N, L) of each domain that the recipe reads: fitting the routers reads nothing more."""
     blocks = Sequences.of(recipe, tokenizer, corpus).blocks
     found: dict[str, list[torch.Tensor]] = {name: [] for name in corpus.train}
     for block in blocks:

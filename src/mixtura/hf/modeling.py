@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mixtura.core.errors import FileFormatError, NotExpressibleError, OptionError, unknown_name
+from mixtura.core.errors import FileFormatError, MixturaWarning, NotExpressibleError, OptionError, unknown_name
 from mixtura.hf.backends import experts_backend
 from mixtura.hf.forward import attach_state
 from mixtura.hf.sites import feed_forward_sites
@@ -89,7 +90,10 @@ class MixturaModel:
         super().__init__(config, *args, **kwargs)
         self._building = False
         config._experts_implementation_internal = wanted
-        _attach(self, {int(i): Mixture.from_config(spec) for i, spec in config.mixtura["layers"].items()})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MixturaWarning)  # of choices that were made before the model was saved
+            layers = {int(i): Mixture.from_config(spec) for i, spec in config.mixtura["layers"].items()}
+        _attach(self, layers)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """The backend by that name, "mixtura" by default; the dense base sees "eager" while it is built."""
