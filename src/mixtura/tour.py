@@ -24,7 +24,7 @@ from mixtura.core.files import write_file
 
 LAYERS = "last:6"
 UPCYCLE = {"copies": 4, "shards": 1, "k": 1, "shared": 0.5}
-DATA = {"sequence_length": 256, "held_out_tokens": 2048}
+DATA = {"sequence_length": 256, "held_out_tokens": 1536}
 TRAIN = {
     "steps": 32,
     "batch_size": 4,
