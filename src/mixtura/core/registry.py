@@ -54,8 +54,9 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """First line of the card."""
-        doc = inspect.getdoc(importlib.import_module(self.module)) or inspect.getdoc(self.build) or ""
+        """First line of the card; of the builder where several methods share a file."""
+        alone = sum(row.module == self.module for row in _TABLE.values()) == 1
+        doc = (inspect.getdoc(importlib.import_module(self.module)) if alone else None) or inspect.getdoc(self.build)
         return doc.splitlines()[0] if doc else ""
 
     @property
