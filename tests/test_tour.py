@@ -84,3 +84,29 @@ def test_a_folder_of_something_else_is_refused(dense, tmp_path):
     with pytest.raises(OptionError, match="holds other things"):
         tour.run_tour(tmp_path / "mine", model=str(dense), steps=4, progress=False)
     assert (tmp_path / "mine" / "note.txt").read_text() == "keep"
+
+
+def test_a_finished_tour_is_replaced_and_what_lies_beside_it_stays(dense, tmp_path):
+    out = tmp_path / "out"
+    first = tour.run_tour(out, model=str(dense), steps=1, progress=False)
+    (out / "note.txt").write_text("keep")
+    again = tour.run_tour(out, model=str(dense), steps=1, progress=False)
+    assert again["bits_per_byte"] == first["bits_per_byte"]
+    assert (out / "note.txt").read_text() == "keep"
+
+
+def test_a_model_that_no_stock_family_can_hold_is_toured_all_the_same(tmp_path):
+    folder, tokenizer = tmp_path / "gpt2", byte_tokenizer()
+    pico("gpt2", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    summary = tour.run_tour(tmp_path / "out", model=str(folder), steps=2, progress=False)
+    assert summary["receipts"]["export"]["family"] is None
+    assert "gpt2" in summary["receipts"]["export"]["reason"]
+    assert "export" not in summary["paths"]
+    assert summary["receipts"]["upcycle"]["layers"] == [0, 1, 2]
+
+
+def test_steps_below_one_are_refused(dense, tmp_path):
+    with pytest.raises(OptionError, match="steps must be at least 1, got 0"):
+        tour.run_tour(tmp_path / "out", model=str(dense), steps=0)
+    assert not (tmp_path / "out").exists()

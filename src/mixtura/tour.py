@@ -22,7 +22,7 @@ from typing import Any
 from mixtura.core.errors import OptionError
 from mixtura.core.files import write_file
 
-LAYERS = "last:6"
+LAYERS = 6  # the last ones
 UPCYCLE = {"copies": 4, "shards": 1, "k": 1, "shared": 0.5}
 DATA = {"sequence_length": 256, "held_out_tokens": 1536}
 TRAIN = {
@@ -82,11 +82,14 @@ def run_tour(
         The summary, which is also written as ``summary.json``.
 
     Raises:
-        OptionError: if ``out`` holds something that is no tour, or ``steps`` is below the warm-up.
+        OptionError: if ``out`` holds something that is no tour, or ``steps`` is below 1.
     """
     from mixtura.tour_steps import compare_arms, export_and_reload, show_routing
 
-    tour = Tour(Path(out), model, steps or int(TRAIN["steps"]), progress)
+    steps = int(TRAIN["steps"]) if steps is None else steps
+    if steps < 1:
+        raise OptionError(f"steps must be at least 1, got {steps}")
+    tour = Tour(Path(out), model, steps, progress)
     _open(tour)
     arms = compare_arms(tour)
     seen = show_routing(tour, arms)
@@ -103,10 +106,19 @@ def _open(tour: Tour) -> None:
             f"out must be a new folder or that of a former tour, but {str(tour.out)!r} holds other things"
         )
     if mark.is_file() and ((tour.out / "summary.json").exists() or json.loads(mark.read_text()) != own):
-        shutil.rmtree(tour.out)
+        _remove_former(tour.out)
     tour.out.mkdir(parents=True, exist_ok=True)
     with write_file(mark) as partial:
         partial.write_text(json.dumps(own), encoding="utf-8")
+
+
+def _remove_former(out: Path) -> None:
+    """Remove what a tour writes, and nothing that somebody has put beside it."""
+    for name in ("dense", "mixture", "dense.checkpoints", "mixture.checkpoints", "export"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    files = ("dense.history.json", "mixture.history.json", "trace.safetensors", "logits.safetensors")
+    for name in (*files, "report.html", "summary.json", "tour.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _close(tour: Tour, arms: Any, seen: Mapping[str, Any], checked: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +138,8 @@ def _close(tour: Tour, arms: Any, seen: Mapping[str, Any], checked: Mapping[str,
             notes=_notes(arms, checked),
             receipts=receipts,
         )
-    paths = {name: str(tour.out / name) for name in ("dense", "mixture", "export", "trace.safetensors")}
+    written = ("dense", "mixture", "export", "trace.safetensors")
+    paths = {name: str(tour.out / name) for name in written if (tour.out / name).exists()}
     summary = {
         "bits_per_byte": arms.bits_per_byte,
         "active_parameters": arms.active,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mixtura.core.errors import MixturaError, MixturaWarning
+from mixtura.core.errors import MixturaError, MixturaWarning, NotExpressibleError
 from mixtura.core.files import write_file
 from mixtura.data import Corpus
 from mixtura.hf.count import count_parameters
@@ -85,7 +85,8 @@ def compare_arms(tour: Tour) -> Arms:
         base, tokenizer = load_model(tour.model)
     for name, reason in corpus.skipped.items():
         print(f"without {name}: {reason}", file=sys.stderr)
-    layers = chosen_layers(LAYERS, base.config.num_hidden_layers)
+    number = base.config.num_hidden_layers
+    layers = chosen_layers(f"last:{min(LAYERS, number)}", number)
     bits = {"base": _evaluate(tour, base, tokenizer, corpus)}
     counts = {"base": count_parameters(base)}
     curves = {}
@@ -116,14 +117,15 @@ def compare_arms(tour: Tour) -> Arms:
         {name: count.total for name, count in counts.items()},
         curves,
         receipt,
-        recipe.to_dict() | {"upcycle": {"layers": LAYERS, **UPCYCLE, "router": "fitted to clusters"}},
+        recipe.to_dict() | {"upcycle": {"layers": layers, **UPCYCLE, "router": "fitted to clusters"}},
         recipe.training_tokens,
         corpus.skipped,
     )
 
 
 def _recipe(tour: Tour, corpus: Corpus, parameters: str) -> Recipe:
-    train_options = {**TRAIN, "steps": tour.steps, "parameters": parameters}
+    warmup = min(int(TRAIN["warmup"]), tour.steps - 1)
+    train_options = {**TRAIN, "steps": tour.steps, "warmup": warmup, "parameters": parameters}
     if parameters == "mixtures":
         train_options["router_learning_rate"] = 0.0
     return Recipe.from_dict(
@@ -187,14 +189,22 @@ def export_and_reload(tour: Tour, arms: Arms) -> dict[str, Any]:
         if difference != 0:
             raise MixturaError(f"the reloaded mixture's logits differ by {difference:.2e}; saving is broken")
     with tour.step("export"):
-        if (tour.out / "export").exists():
-            shutil.rmtree(tour.out / "export")
-        receipt = export(arms.mixture, tour.out / "export", tokenizer=arms.tokenizer)
-        receipt["max_logit_difference_without_mixtura"] = _reload(tour.out / "export", expected, "without")
+        receipt = _export(arms, tour.out / "export", expected)
     with tour.step("generate"):
         samples = {prompt: generate_text(arms.mixture, arms.tokenizer, prompt, max_new_tokens=30) for prompt in PROMPTS}
     expected.unlink()
     return {"receipts": {"reload": {"max_logit_difference": difference}, "export": receipt}, "samples": samples}
+
+
+def _export(arms: Arms, out: Path, expected: Path) -> dict[str, Any]:
+    """Receipt of the export, or why no stock family can hold the mixture."""
+    if out.exists():
+        shutil.rmtree(out)
+    try:
+        receipt = export(arms.mixture, out, tokenizer=arms.tokenizer)
+    except NotExpressibleError as error:
+        return {"family": None, "reason": str(error)}
+    return {**receipt, "max_logit_difference_without_mixtura": _reload(out, expected, "without")}
 
 
 @torch.no_grad()

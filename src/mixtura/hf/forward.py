@@ -64,13 +64,14 @@ def padding_mask(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
     B, Q = tokens.shape[:2]
     if mask.ndim == 2:
         return mask[:, -Q:].expand(B, Q).reshape(-1).bool()
-    past = _past_length(kwargs)
+    past = past_length(kwargs)
     own_BQ = mask[:, 0, :, past : past + Q].diagonal(dim1=-2, dim2=-1)
     real_BQ = own_BQ if own_BQ.dtype == torch.bool else own_BQ == 0
     return real_BQ.expand(B, Q).reshape(-1)
 
 
-def _past_length(kwargs: Mapping[str, Any]) -> int:
+def past_length(kwargs: Mapping[str, Any]) -> int:
+    """Positions that the cache of a decoder's call holds already."""
     cache = kwargs.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError, ShapeError
-from mixtura.hf.forward import padding_mask, record
+from mixtura.hf.forward import padding_mask, past_length, record
 from mixtura.hf.modeling import mixtures
 from mixtura.hf.sites import decoder, decoder_layers
 from mixtura.nn.state import RouterState
@@ -135,7 +135,7 @@ class _Recorder:
         token_BQ = np.full((B, Q), -1) if ids is None else _numpy(ids)
         mask_T = padding_mask(args, kwargs)
         valid_BQ = np.ones((B, Q), bool) if mask_T is None else _numpy(mask_T).reshape(B, Q)
-        past = _past_length(kwargs)
+        past = past_length(kwargs)
         if past == 0 or len(self.sequence_B) != B:
             self._begin(B)
         seen_B = self._seen(past, Q, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
@@ -215,11 +215,6 @@ def _choice(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Ten
     """Indices and weights of a call at the experts seam, (hidden, indices, weights) in all families."""
     _, indices_TK, weights_TK = (*args, *kwargs.values())[:3]
     return indices_TK, weights_TK
-
-
-def _past_length(kwargs: Mapping[str, Any]) -> int:
-    cache = kwargs.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _domain_names(domain: str | Sequence[str] | None) -> list[str]:
