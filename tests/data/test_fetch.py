@@ -196,6 +196,7 @@ def flip(archive, at):
         (flip(tarball(FILES), 40), "pack-1.0.tar.gz"),
         (b"no archive at all", "pack-1.0.tar.gz"),
     ],
+    ids=["short wheel", "wheel, one bit", "empty wheel", "short tar", "tar head", "tar, one bit", "no archive"],
 )
 def test_a_damaged_archive_leaves_nothing(install, archive, filename, tmp_path):
     install(archive, filename)
