@@ -232,11 +232,11 @@ def _extra_bias(base):
     return 2 * 32 if feed_forward_sites(pico(base))[0].read().down_bias_D is not None else 0
 
 
-def test_whole_copies_with_weight_one_are_bit_equal():
-    """Where arithmetic allows: as many rows in one product as the kernel takes at once."""
+def test_whole_copies_with_weight_one_change_rounding_at_most():
+    """A product of fewer rows may round otherwise: some processors give 0, others the last bit."""
     with pytest.warns(MixturaWarning, match="top-1"):
         receipt = upcycle(pico("llama"), layers="all", copies=4, shards=1, k=1).receipt
-    assert receipt["max_logit_difference"] == 0
+    assert receipt["max_logit_difference"] < 2e-7
 
 
 @pytest.mark.parametrize("base", SPARSE)

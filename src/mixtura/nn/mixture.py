@@ -19,6 +19,16 @@ from mixtura.nn.experts.group import ExpertGroup
 from mixtura.nn.state import current_state
 
 
+@torch.compiler.disable(reason="a router's state belongs to one forward call; compile without fullgraph=True")  # type: ignore[untyped-decorator]
+def decide(router: nn.Module, hidden_TD: torch.Tensor, layer: str) -> Routing:
+    """What a layer's router decides in the current ``RouterState``, after edits and on the tape; without one, alone."""
+    state = current_state()
+    if state is None:
+        return router(hidden_TD)  # type: ignore[no-any-return]
+    state.layer = layer
+    return state.decide(layer, router(hidden_TD))
+
+
 class FeedForward(nn.Module):
     """One dense feed-forward layer; the shared expert of a mixture.
 
@@ -74,10 +84,7 @@ class Mixture(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Mix; any leading shape, last axis D. The decision goes on the tape of the current ``RouterState``."""
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
-        routing: Routing = self.router(hidden_TD)
-        state = current_state()
-        if state is not None and not state.recomputing:
-            state.tape.write(self.layer, routing)
+        routing = decide(self.router, hidden_TD, self.layer)
         out_TD = self._weigh(hidden_TD, routing)
         if self.shared is not None:
             out_TD = out_TD + self.shared(hidden_TD)

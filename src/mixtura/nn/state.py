@@ -3,9 +3,9 @@
 A model that holds mixtures opens one state per forward call (``mixtura.hf`` does it by a pre-hook on the base model).
 Routers and mixtures find it by ``current_state()``; outside of a model there is none and nothing is recorded. Under
 activation checkpointing ``checkpoint_context`` gives each recomputation the state of its own forward, also when two
-forwards precede one backward; what is recomputed is not recorded again.
+forwards precede one backward; what is recomputed is not recorded again, but edited again.
 
-T tokens: batch and sequence flattened, row by row.
+T tokens: B sequences of Q positions flattened, row by row. E experts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -28,6 +28,9 @@ class Record(NamedTuple):
     routing: Routing
 
 
+Edit: TypeAlias = Callable[["RouterState", str, Routing], Routing]
+
+
 @dataclasses.dataclass
 class Tape:
     """The decisions of one forward call, in the order of the layers."""
@@ -38,6 +41,12 @@ class Tape:
         """Append one decision."""
         self.records.append(Record(layer, routing))
 
+    def before(self, layer: str) -> Routing | None:
+        """What the mixture before that one decided in this call, None for the first; also while it is run again."""
+        names = [record.layer for record in self.records]
+        place = names.index(layer) if layer in names else len(names)
+        return self.records[place - 1].routing if place else None
+
 
 @dataclasses.dataclass
 class RouterState:
@@ -45,13 +54,33 @@ class RouterState:
 
     Attributes:
         mask_T: True where a token is real, False for padding; None if all are.
+        token_T: ids of the tokens; None if the model was given embeddings.
+        rows: B, sequences of the call.
+        past: positions that the cache held before this call.
+        edits: change each decision before it is recorded and carried out: (state, layer, routing) -> routing.
         tape: what was decided.
+        differentiable: whether the call was made with gradients enabled.
+        layer: the mixture that is deciding.
         recomputing: True while activation checkpointing runs a layer again.
     """
 
     mask_T: torch.Tensor | None = None
+    token_T: torch.Tensor | None = None
+    rows: int = 1
+    past: int = 0
+    edits: list[Edit] = dataclasses.field(default_factory=list)
     tape: Tape = dataclasses.field(default_factory=Tape)
+    differentiable: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
+    layer: str = ""
     recomputing: bool = False
+
+    def decide(self, layer: str, routing: Routing) -> Routing:
+        """The routing that is carried out in a layer: edited, and on the tape unless it is a recomputation."""
+        for edit in self.edits:
+            routing = edit(self, layer, routing)
+        if not self.recomputing:
+            self.tape.write(layer, routing)
+        return routing
 
 
 _CURRENT: contextvars.ContextVar[RouterState | None] = contextvars.ContextVar("mixtura_state", default=None)

@@ -68,6 +68,14 @@ class Router(nn.Module):
         """Bias that chooses and never weighs; none unless a router overrides this."""
         return None
 
+    def end_step(self, counts_E: torch.Tensor) -> None:
+        """Called once after every optimizer step; nothing to do unless a router balances itself.
+
+        Args:
+            counts_E: slots that each expert got in the whole step: all micro-batches, all processes, padding not
+                counted.
+        """
+
     def forward(self, hidden_TD: torch.Tensor) -> Routing:
         """Route T tokens; padding, known from the current ``RouterState``, gets empty slots.
 
