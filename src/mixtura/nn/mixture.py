@@ -19,7 +19,7 @@ from mixtura.nn.experts.group import ExpertGroup
 from mixtura.nn.state import current_state
 
 
-@torch.compiler.disable(reason="a router's state belongs to one forward call; compile without fullgraph=True")  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason="a router's state belongs to one forward call; compile without fullgraph=True")  # type: ignore[untyped-decorator, no-untyped-call]
 def decide(router: nn.Module, hidden_TD: torch.Tensor, layer: str) -> Routing:
     """What a layer's router decides in the current ``RouterState``, after edits and on the tape; without one, alone."""
     state = current_state()
