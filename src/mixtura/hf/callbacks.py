@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,10 @@ class CompleteMark(TrainerCallback):
         """Flush the checkpoint of this step and mark it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sizes = {}
-        for path in sorted(folder.iterdir()):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            sizes[path.name] = path.stat().st_size
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
         with write_file(folder / MARK) as partial:
             partial.write_text(json.dumps(sizes), encoding="utf-8")
 
@@ -77,9 +78,11 @@ def is_complete(checkpoint: Path) -> bool:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step in a folder of Trainer's, or None."""
-    numbered = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and is_complete(path)
-    ]
-    return max(numbered)[1] if numbered else None
+    whole = [path for path in checkpoints(folder) if is_complete(path)]
+    return whole[-1] if whole else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders ``checkpoint-<step>``, complete or not, by step; nothing else that lies there."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.rpartition("-")[2]))

@@ -1,4 +1,4 @@
-"""One ``RouterState`` for every forward call of a model: opened by a hook on the decoder, and recorded on demand.
+"""One ``RouterState`` for every forward call of a model: opened by a hook on the decoder, and listened to on demand.
 
 B sequences, Q positions of this call, T = B Q tokens, row by row.
 """
@@ -6,23 +6,93 @@ B sequences, Q positions of this call, T = B Q tokens, row by row.
 from __future__ import annotations
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from mixtura.core.errors import OptionError
+from mixtura.hf.native import attach_natives
 from mixtura.hf.sites import decoder
-from mixtura.nn.state import RouterState, current_state, set_state
+from mixtura.nn.state import RouterState, checkpoint_context, current_state, set_state
+
+_LISTENERS: weakref.WeakKeyDictionary[nn.Module, list[Listener]] = weakref.WeakKeyDictionary()
+
+
+class Listener:
+    """What is told of every forward call; both methods do nothing unless overridden."""
+
+    def opened(self, state: RouterState, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A call of the decoder with these arguments begins; ``state.edits`` may be added to."""
+
+    def closed(self, state: RouterState) -> None:
+        """The call has ended, or failed; ``state.tape`` has its decisions."""
 
 
 def attach_state(model: nn.Module) -> None:
-    """Make every forward call of the decoder of ``model`` open a state of its own; twice is once."""
+    """Make every forward call of the decoder of ``model`` open a state of its own; twice is once.
+
+    Decisions of native mixtures go on its tape too, and recomputation sees the state of its own forward.
+
+    Raises:
+        OptionError: if the model checkpoints activations reentrantly.
+    """
     inner = decoder(model)
+    attach_natives(model)
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = with_state(function)  # type: ignore[assignment]
     if _open_state in inner._forward_pre_hooks.values():
         return
     inner.register_forward_pre_hook(_open_state, with_kwargs=True)
     inner.register_forward_hook(_close_state, always_call=True)
+
+
+def with_state(checkpoint: Any) -> Any:
+    """A checkpoint function of transformers that gives each recomputation the state of its forward.
+
+    Raises:
+        OptionError: if it is reentrant.
+    """
+    options = getattr(checkpoint, "keywords", {})
+    if options.get("use_reentrant") is not False:
+        raise OptionError(
+            f"use_reentrant must be False, got {options.get('use_reentrant')!r}: reentrant checkpointing runs the "
+            "layers without a graph, so that no balance loss reaches a gate"
+        )
+    return functools.partial(checkpoint, context_fn=checkpoint_context)
+
+
+@contextlib.contextmanager
+def listen(model: nn.Module, listener: Listener) -> Iterator[None]:
+    """Tell ``listener`` of every forward call of the model inside of the ``with``; also if it was compiled before.
+
+    Args:
+        model: with mixtures of ours or native ones, also under PEFT and DistributedDataParallel.
+        listener: what is told.
+
+    Raises:
+        OptionError: if the model checkpoints activations reentrantly.
+    """
+    attach_state(model)
+    listeners = _LISTENERS.setdefault(decoder(model), [])
+    listeners.append(listener)
+    try:
+        yield
+    finally:
+        listeners.remove(listener)
+
+
+class _States(Listener, list[RouterState]):
+    """Keeps the state of every call."""
+
+    def opened(self, state: RouterState, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Append it."""
+        self.append(state)
 
 
 @contextlib.contextmanager
@@ -32,20 +102,14 @@ def record(model: nn.Module) -> Iterator[list[RouterState]]:
     The routings on ``state.tape`` keep their graph, so a loss of them reaches the gates.
 
     Args:
-        model: of the family mixtura, also under PEFT.
+        model: with mixtures of ours or native ones, also under PEFT and DistributedDataParallel.
+
+    Raises:
+        OptionError: if the model checkpoints activations reentrantly.
     """
-    states: list[RouterState] = []
-
-    def append(*_: Any) -> None:
-        state = current_state()
-        if state is not None:
-            states.append(state)
-
-    handle = decoder(model).register_forward_pre_hook(append)
-    try:
+    states = _States()
+    with listen(model, states):
         yield states
-    finally:
-        handle.remove()
 
 
 def padding_mask(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -76,9 +140,25 @@ def past_length(kwargs: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+@torch.compiler.disable(reason="a state belongs to one forward call; compile without fullgraph=True")
 def _open_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    set_state(RouterState(mask_T=padding_mask(args, kwargs)))
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    like = kwargs.get("inputs_embeds") if tokens is None else tokens
+    state = RouterState(
+        mask_T=padding_mask(args, kwargs),
+        token_T=tokens.reshape(-1) if isinstance(tokens, torch.Tensor) else None,
+        rows=1 if like is None else len(like),
+        past=past_length(kwargs),
+    )
+    set_state(state)
+    for listener in _LISTENERS.get(module, ()):
+        listener.opened(state, args, kwargs)
 
 
+@torch.compiler.disable(reason="a state belongs to one forward call; compile without fullgraph=True")
 def _close_state(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    state = current_state()
     set_state(None)
+    if state is not None:
+        for listener in _LISTENERS.get(module, ()):
+            listener.closed(state)

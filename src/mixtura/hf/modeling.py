@@ -34,12 +34,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mixtura.core.errors import FileFormatError, MixturaWarning, NotExpressibleError, OptionError, unknown_name
 from mixtura.hf.backends import experts_backend
-from mixtura.hf.forward import attach_state
+from mixtura.hf.forward import attach_state, with_state
 from mixtura.hf.sites import feed_forward_sites
 from mixtura.nn.experts.feed_forward import Experts
 from mixtura.nn.experts.group import ExpertGroup
 from mixtura.nn.mixture import Mixture
-from mixtura.nn.state import checkpoint_context
 
 VERSION = 1
 DEFAULT_BACKEND = "mixtura"
@@ -105,13 +104,7 @@ class MixturaModel:
         if not enable:
             super()._set_gradient_checkpointing(enable=False, **kwargs)  # type: ignore[misc]
             return
-        options = getattr(gradient_checkpointing_func, "keywords", {})
-        if options.get("use_reentrant") is not False:
-            raise OptionError(
-                f"use_reentrant must be False, got {options.get('use_reentrant')!r}: reentrant checkpointing runs the "
-                "layers without a graph, so that no balance loss reaches a gate"
-            )
-        function = functools.partial(gradient_checkpointing_func, context_fn=checkpoint_context)
+        function = with_state(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function, **kwargs)  # type: ignore[misc]
 
     @classmethod

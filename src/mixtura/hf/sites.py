@@ -123,7 +123,7 @@ def decoder(model: nn.Module) -> nn.Module:
     Raises:
         NotExpressibleError: if no list of modules has as many entries as the configuration has layers.
     """
-    wanted = model.config.num_hidden_layers  # type: ignore[union-attr]
+    wanted = _layers_wanted(model)
     for module in model.modules():
         if any(isinstance(child, nn.ModuleList) and len(child) == wanted for child in module.children()):
             return module
@@ -132,8 +132,14 @@ def decoder(model: nn.Module) -> nn.Module:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers; raises as ``decoder`` does."""
-    wanted = model.config.num_hidden_layers  # type: ignore[union-attr]
+    wanted = _layers_wanted(model)
     return next(c for c in decoder(model).children() if isinstance(c, nn.ModuleList) and len(c) == wanted)
+
+
+def _layers_wanted(model: nn.Module) -> int:
+    while not hasattr(model, "config") and hasattr(model, "module"):  # DistributedDataParallel hides it
+        model = model.module  # type: ignore[assignment]
+    return int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
 
 
 def feed_forward_sites(model: nn.Module) -> list[Site]:

@@ -61,6 +61,7 @@ class RouterState:
         tape: what was decided.
         differentiable: whether the call was made with gradients enabled.
         layer: the mixture that is deciding.
+        logits_TE: of a router whose experts are called next; None where decisions come whole.
         recomputing: True while activation checkpointing runs a layer again.
     """
 
@@ -72,6 +73,7 @@ class RouterState:
     tape: Tape = dataclasses.field(default_factory=Tape)
     differentiable: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
     layer: str = ""
+    logits_TE: torch.Tensor | None = None
     recomputing: bool = False
 
     def decide(self, layer: str, routing: Routing) -> Routing:
