@@ -96,7 +96,9 @@ def check_new_folder(out: Path) -> None:
     except OSError as error:
         raise OptionError(f"out cannot be written, {error.strerror}: {str(out)!r}") from error
     if os.path.ismount(out):
-        raise OptionError(f"out must be a folder that can be renamed, but a disk is mounted at {str(out)!r}; write below it")
+        raise OptionError(
+            f"out must be a folder that can be renamed, but a disk is mounted at {str(out)!r}; write below it"
+        )
     if taken:
         raise OptionError(f"out must be a new or empty folder, but {str(out)!r} exists")
 

@@ -56,10 +56,12 @@ class CompleteMark(TrainerCallback):
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Flush the checkpoint of this step and mark it."""
+        """Flush the checkpoint of this step and mark it; only on the first process."""
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sizes = {}
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MARK):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             sizes[str(path.relative_to(folder))] = path.stat().st_size

@@ -56,7 +56,7 @@ def save_model(
             (folder / "receipts.json").write_text(json.dumps(receipts, indent=2) + "\n", encoding="utf-8")
         if recipe:
             (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
-        card = _card(Path(out).name, model.config.model_type, parents, receipts, recipe, numbers, command)
+        card = _card(Path(out).resolve().name, model.config.model_type, parents, receipts, recipe, numbers, command)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Path(out)
 

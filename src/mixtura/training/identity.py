@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from mixtura.core.errors import OptionError
+from mixtura.core.errors import FileFormatError, OptionError
 from mixtura.core.files import write_file
 from mixtura.training.recipe import Recipe
 
-_NAME = "run.json"
+NOTE = "run.json"
+VERSION = 1
 _SHOWN = 16  # sequences that stand for the text
 
 
@@ -22,20 +23,34 @@ def check_same_run(folder: Path, recipe: Recipe, model: nn.Module, sequences: An
 
     Raises:
         OptionError: naming the first thing that differs.
+        FileFormatError: if the note cannot be read, or a newer version has written it.
     """
     own = json.loads(json.dumps(_identity(recipe, model, sequences)))
-    path = folder / _NAME
+    path = folder / NOTE
     if not path.exists():
         with write_file(path) as partial:
             partial.write_text(json.dumps(own, indent=2), encoding="utf-8")
         return
-    noted = json.loads(path.read_text(encoding="utf-8"))
+    noted = _noted(path)
     for name in {**own, **noted}:
         if own.get(name) != noted.get(name):
             raise OptionError(
                 f"the checkpoints in {str(folder)!r} are of another run: {name} was {noted.get(name)!r}, is "
                 f"{own.get(name)!r}; pass resume=False to start over"
             )
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    try:
+        noted = {"version": VERSION, **json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise FileFormatError(f"{str(path)!r} does not say which run its checkpoints are of: {error}") from None
+    if not isinstance(noted["version"], int) or noted["version"] > VERSION:
+        raise FileFormatError(
+            f"the checkpoints in {str(path.parent)!r} have version {noted['version']!r}, known are up to {VERSION}; "
+            "upgrade mixtura"
+        )
+    return noted
 
 
 def _identity(recipe: Recipe, model: nn.Module, sequences: Any) -> dict[str, Any]:
@@ -47,7 +62,12 @@ def _identity(recipe: Recipe, model: nn.Module, sequences: Any) -> dict[str, Any
     text = hashlib.sha256()
     for i in range(min(_SHOWN, len(sequences))):
         text.update(_bytes(sequences[i]["input_ids"]))
-    return {**_flat(recipe.to_dict()), "frozen weights": frozen.hexdigest(), "text": text.hexdigest()}
+    return {
+        "version": VERSION,
+        **_flat(recipe.to_dict()),
+        "frozen weights": frozen.hexdigest(),
+        "text": text.hexdigest(),
+    }
 
 
 def _bytes(tensor: Any) -> memoryview:

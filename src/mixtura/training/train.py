@@ -1,15 +1,18 @@
 """``train``: from a recipe to a trained model in a folder, through transformers' Trainer.
 
 Checkpoints stand in ``<out>.checkpoints`` until ``out`` is whole, and hold what is trained alone. A run that was
-killed, even in the middle of a checkpoint, goes on from the newest complete one to the same losses. Weights are
-safetensors; optimizer, schedule and random states are Trainer's own files, which it reads with
-``torch.load(weights_only=True)``.
+killed, even in the middle of a checkpoint, goes on from the newest complete one to the same losses. One process at a
+time works in that folder, and removes nothing there that no run has written. Weights are safetensors; optimizer,
+schedule and random states are Trainer's own files, which it reads with ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -18,8 +21,8 @@ from typing import Any
 
 import torch
 
-from mixtura.core.errors import MixturaError
-from mixtura.core.files import check_new_folder
+from mixtura.core.errors import MixturaError, OptionError
+from mixtura.core.files import PARTIAL, check_new_folder, hold_folder, os_errors
 from mixtura.training.recipe import Recipe
 
 
@@ -77,8 +80,10 @@ def train(
         progress: whether a bar is shown on standard error.
 
     Raises:
-        OptionError: if ``out`` exists, the checkpoints are of another run, or the recipe does not fit the model.
-        MixturaError: if the disk is full (the last complete checkpoint stays) or the loss is not finite.
+        OptionError: if ``out`` exists or cannot be written, the checkpoints are of another run, or the recipe does not
+            fit the model.
+        MixturaError: if another process trains into ``out``, the disk is full (the last complete checkpoint stays) or
+            the loss is not finite.
     """
     from mixtura.hf.save import save_model
     from mixtura.training.parameters import freeze_all_but
@@ -88,53 +93,81 @@ def train(
 
     started, out = time.perf_counter(), Path(out)
     check_new_folder(out)
-    if model is None:
-        model, tokenizer, receipts = starting_point(recipe)
-    trained = freeze_all_but(model, recipe.train)
-    sequences = Sequences.of(recipe, tokenizer, corpus)
-    checkpoints = out.with_name(out.name + ".checkpoints")
-    with _full_disk_named(checkpoints), quiet():
-        trainer = build_trainer(recipe, model, trained, sequences, checkpoints, progress=progress)
-        checkpoint = _checkpoint(recipe, model, sequences, checkpoints, resume=resume)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        release(trainer)
-        rows = [row for row in trainer.state.log_history if "loss" in row]
-        numbers = _numbers(recipe, rows, trained)
-        command = f"mixtura train recipe.yaml {out.name}"
-        save_model(
-            model,
-            out,
-            tokenizer=tokenizer,
-            parents=(recipe.model,),
-            receipts=receipts,
-            recipe=recipe.to_dict(),
-            numbers=numbers,
-            command=command,
-        )
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    checkpoints = _folder_of_checkpoints(out)
+    with hold_folder(checkpoints):
+        if model is None:
+            model, tokenizer, receipts = starting_point(recipe)
+        trained = freeze_all_but(model, recipe.train)
+        sequences = Sequences.of(recipe, tokenizer, corpus)
+        with _full_disk_named(checkpoints), quiet():
+            trainer = build_trainer(recipe, model, trained, sequences, checkpoints, progress=progress)
+            checkpoint = _checkpoint(recipe, model, sequences, checkpoints, resume=resume)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            release(trainer)
+            rows = [row for row in trainer.state.log_history if "loss" in row]
+            save_model(
+                model,
+                out,
+                tokenizer=tokenizer,
+                parents=(recipe.model,),
+                receipts=receipts,
+                recipe=recipe.to_dict(),
+                numbers=_numbers(recipe, rows, trained),
+                command=f"mixtura train recipe.yaml {shlex.quote(out.name)}",
+            )
+        _clear(checkpoints)
     history = [(int(row["step"]), row["cross_entropy"]) for row in rows]
     seconds = time.perf_counter() - started
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     return TrainResult(model.eval(), tokenizer, out, history, rows, recipe.training_tokens, seconds, step)
 
 
+def _folder_of_checkpoints(out: Path) -> Path:
+    """``<out>.checkpoints``, beside the real folder where ``out`` is a link.
+
+    Raises:
+        OptionError: if that name is too long.
+    """
+    real = Path(os.path.realpath(out))
+    folder = real.with_name(real.name + ".checkpoints")
+    try:
+        os.lstat(folder)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise OptionError(
+                f"out has too long a name for a folder of checkpoints beside it: {str(folder)!r}"
+            ) from None
+    return folder
+
+
 def _checkpoint(recipe: Recipe, model: Any, sequences: Any, folder: Path, *, resume: bool) -> Path | None:
     """The checkpoint to go on from; what is half-written is removed."""
-    from mixtura.hf.callbacks import is_complete, newest_checkpoint
-    from mixtura.training.identity import check_same_run
+    from mixtura.hf.callbacks import checkpoints, is_complete, newest_checkpoint
+    from mixtura.training.identity import NOTE, check_same_run
     from mixtura.training.trainer import check_state
 
+    if not (folder / NOTE).exists() and checkpoints(folder):
+        raise OptionError(f"{str(folder)!r} holds checkpoints that no run of mixtura has written; move them away")
     if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
     check_same_run(folder, recipe, model, sequences)
-    for path in folder.glob("checkpoint-*"):
+    for path in checkpoints(folder):
         if not is_complete(path):
             shutil.rmtree(path)
     found = newest_checkpoint(folder)
     if found is not None:
         check_state(model, found)
     return found
+
+
+def _clear(folder: Path) -> None:
+    """Remove what runs have written; the note goes last, so that a folder half cleared is still known as theirs."""
+    from mixtura.hf.callbacks import checkpoints
+    from mixtura.training.identity import NOTE
+
+    for path in (*checkpoints(folder), *folder.glob(f"{PARTIAL}*")):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / NOTE).unlink(missing_ok=True)
 
 
 def _numbers(recipe: Recipe, rows: list[dict[str, float]], trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -151,28 +184,28 @@ def _numbers(recipe: Recipe, rows: list[dict[str, float]], trained: Mapping[str,
 
 
 @contextlib.contextmanager
-def _full_disk_named(checkpoints: Path) -> Iterator[None]:
+def _full_disk_named(folder: Path) -> Iterator[None]:
     """Turn a failed write into one line, and remove the half-written checkpoint."""
-    from safetensors import SafetensorError
-
-    from mixtura.hf.callbacks import is_complete, newest_checkpoint
+    from mixtura.hf.callbacks import checkpoints, is_complete, newest_checkpoint
 
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+        with os_errors():
+            yield
+    except (OSError, RuntimeError) as error:
         if not _is_failed_write(error):
             raise
-        for path in checkpoints.glob("checkpoint-*"):
+        for path in checkpoints(folder):
             if not is_complete(path):
                 shutil.rmtree(path, ignore_errors=True)
-        last = newest_checkpoint(checkpoints)
+        last = newest_checkpoint(folder)
         kept = "there is no complete checkpoint yet" if last is None else f"{last.name} is complete"
         raise MixturaError(
-            f"could not write beside {str(checkpoints)!r}, the disk is full ({error}); {kept}: free space and run again"
+            f"could not write beside {str(folder)!r}, the disk is full ({error}); {kept}: free space and run again"
         ) from error
 
 
 def _is_failed_write(error: BaseException) -> bool:
-    """No space left; torch's archive writer loses the errno and names the file of its source instead."""
-    text = str(error)
-    return getattr(error, "errno", None) == 28 or "os error 28" in text or "inline_container" in text
+    """No space left, a quota or a limit; torch's archive writer loses which and names a line of its source instead."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "inline_container" in str(
+        error
+    )
