@@ -37,7 +37,9 @@ class FrozenRows:
             parameter.grad[list(rows)] = 0
         _HELD[id(parameter)] = self
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy holds the copied parameter: neither hooks nor the table are copied
+    def __reduce__(
+        self,
+    ) -> tuple[Any, ...]:  # a copy holds the copied parameter: neither hooks nor the table are copied
         return FrozenRows, (self.parameter, self.rows)
 
     def release(self) -> None:

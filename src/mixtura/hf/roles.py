@@ -174,9 +174,7 @@ def _hold(role: ParameterRole, units: frozenset[int]) -> None:
         hold_rows(role.module, attribute, tuple(sorted(role.units.index(unit) for unit in units)))
 
 
-def _match(
-    expression: str, roles: Sequence[ParameterRole], layers: int
-) -> list[tuple[ParameterRole, frozenset[int]]]:
+def _match(expression: str, roles: Sequence[ParameterRole], layers: int) -> list[tuple[ParameterRole, frozenset[int]]]:
     parts = dict(parse(expression))
     inside = roles
     if "layers" in parts:
@@ -203,11 +201,12 @@ def _slices(
     experts: Sequence[ParameterRole], index: int | slice, expression: str
 ) -> Iterator[tuple[ParameterRole, frozenset[int]]]:
     """Those of the experts that are numbered, stack by stack."""
+    stacked = {role.layer for role in experts if role.experts is not None}
     for role in experts:
         where = f"experts of layer {role.layer}"
         if role.adapter:
             raise NotExpressibleError(f"{expression!r}: the {where} share the adapter {role.name}; name them all")
-        if role.num_experts is None or (role.experts is None and role.parameter.shape[0] > role.num_experts):
+        if role.num_experts is None or role.layer not in stacked or (role.experts is None and role.parameter.ndim > 2):
             raise NotExpressibleError(f"{expression!r}: the {where} are not stacked expert by expert in {role.name}")
         units = frozenset(_chosen(index, role.num_experts, expression, where)) & frozenset(role.experts or ())
         if units:
@@ -295,7 +294,7 @@ class _Marks:
         marks = [self.roles[id(module)] for _, module in path if id(module) in self.roles]
         if marks:
             return marks[-1]
-        if any("norm" in type(module).__name__.lower() for _, module in path):
+        if "norm" in type(path[-1][1]).__name__.lower():
             return "norms"
         if not in_layer:
             return "other"
