@@ -1,9 +1,10 @@
 """Rows of a stacked parameter that stay as they are, bit for bit, while the other rows are trained.
 
-A stack (E, ...) has one ``requires_grad`` for all of its experts. So the gradient of the held rows is set to 0 before it
-is accumulated (clipping and momentum see nothing of them), and whatever an optimizer still does to them, as decoupled
-weight decay does without any gradient, is undone when its step ends. That holds for every ``torch.optim.Optimizer``
-whose parameters are those of the model; sharded copies of them (FSDP, ZeRO) are other tensors and are not held.
+A stack (E, ...) has one ``requires_grad`` for all of its experts. So the gradient of the held rows is set to 0 before
+it is accumulated (clipping and momentum see nothing of them), and whatever an optimizer still does to them, as
+decoupled weight decay does without any gradient, is undone when its step ends. That holds for every
+``torch.optim.Optimizer`` whose parameters are those of the model; sharded copies of them (FSDP, ZeRO) are other tensors
+and are not held.
 
 Nothing of this is in a state dict. A deep or pickled copy of the module holds its own rows.
 """

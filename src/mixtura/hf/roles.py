@@ -284,7 +284,7 @@ class _Marks:
         path = list(_along(self.model, name))
         layer = next((self.layers[id(module)] for _, module in path if id(module) in self.layers), None)
         held, number = next((self.experts[id(m)] for _, m in path if id(m) in self.experts), (None, None))
-        stacked = held is not None and (len(held) == 1 or parameter.ndim > 0 and len(parameter) == len(held))
+        stacked = held is not None and (len(held) == 1 or (parameter.ndim > 0 and len(parameter) == len(held)))
         adapter = not self.adapters.isdisjoint(name.split("."))
         experts = held if stacked and not adapter else None
         role = self._role(path, layer is not None)
