@@ -54,6 +54,11 @@ def select_row(row, spec, bias=None):
             scores = [s if ok else 0.0 for s, ok in zip(scores, inside, strict=True)]
         indices = best(choice, spec.k)
         weights = [scores[e] for e in indices]
+    if spec.p is not None and spec.p < 1:
+        number = next((n for n in range(1, spec.k) if sum(weights[:n]) > spec.p), spec.k)
+        indices = indices[:number] + [len(row)] * (spec.k - number)
+        weights = weights[:number] + [0.0] * (spec.k - number)
+    weights = [w if e < len(row) - spec.null_experts else 0.0 for e, w in zip(indices, weights, strict=True)]
     if spec.renormalize is not None and any(weights):
         norm = sum(abs(w) ** spec.renormalize for w in weights) ** (1 / spec.renormalize) + spec.eps
         weights = [w / max(norm, spec.norm_min) for w in weights]
@@ -68,9 +73,12 @@ def cases(draw):
     kept = draw(st.integers(1, groups))
     fill = draw(st.sampled_from([-math.inf, 0.0]))
     order = draw(st.sampled_from(["score-topk", "topk-score"])) if groups == 1 else "score-topk"
+    score = draw(st.sampled_from(["softmax", "sigmoid", "relu", "none"]))
     spec = SelectionSpec(
         k=draw(st.integers(1, E // groups * kept if fill else E)),
-        score=draw(st.sampled_from(["softmax", "sigmoid", "relu", "none"])),
+        # no sum of probabilities comes near these by rounding, but 0 and 1, which are exact
+        p=draw(st.sampled_from([None, 0.0, 0.377, 0.791, 1.0])) if score == "softmax" else None,
+        score=score,
         order=order,
         renormalize=draw(st.sampled_from([None, 1, 2, 3])),
         eps=draw(st.sampled_from([0.0, 1e-6])),
@@ -80,6 +88,7 @@ def cases(draw):
         groups_kept=kept,
         group_score=draw(st.sampled_from(["max", "top2-sum"])),
         group_fill=fill,
+        null_experts=draw(st.integers(0, E - 1)),
     )
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     # quarters are exact in float32, so that ties are ties for every score
@@ -109,6 +118,17 @@ def test_numpy_equals_torch_in_float32(case):
     assert theirs.weights_TK.dtype == torch.float32
     np.testing.assert_array_equal(ours.indices_TK, theirs.indices_TK)
     np.testing.assert_allclose(ours.weights_TK, theirs.weights_TK, rtol=1e-5, atol=1e-7)
+
+
+def test_null_experts_neither_weigh_nor_count(generator):
+    """The others get what they would get if the nulls were cut off and theirs were the only slots left."""
+    logits_TE = torch.randn(40, 6, generator=generator)
+    routing = select(logits_TE, SelectionSpec(k=3, renormalize=1, null_experts=2))
+    chosen_TE = r.scatter_count(routing)[:, :4] > 0
+    scores_TE = logits_TE[:, :4].masked_fill(~chosen_TE, -math.inf).softmax(-1).nan_to_num(0)
+    torch.testing.assert_close(r.dense(routing)[:, :4], scores_TE)
+    assert not r.dense(routing)[:, 4:].any()
+    assert set(chosen_TE.sum(1).tolist()) == {1, 2, 3}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,6 +181,8 @@ def test_a_zero_bias_is_no_bias(generator):
         ({"weight_on": "both"}, "weight_on must be one of"),
         ({"group_score": "mean"}, "group_score must be one of"),
         ({"renormalize": 0}, "renormalize must be None or"),
+        ({"p": -0.1}, "p must be None, or at least 0 with score 'softmax', got -0.1 with 'softmax'"),
+        ({"p": 0.5, "score": "sigmoid"}, "p must be None, or at least 0 .* got 0.5 with 'sigmoid'"),
         ({"groups": 2, "groups_kept": 3}, "groups_kept must lie in 1 .. groups = 2, got 3"),
         ({"groups": 2, "order": "topk-score"}, "groups need order 'score-topk'"),
     ],
@@ -174,6 +196,8 @@ def test_a_spec_refuses(options, message):
     ("options", "message"),
     [
         ({"k": 5}, "k must be at most the number of experts 4, got 5"),
+        ({"k": 1, "null_experts": 4}, "null_experts must lie in 0 .. 3, got 4"),
+        ({"k": 1, "null_experts": -1}, "null_experts must lie in 0 .. 3, got -1"),
         ({"k": 1, "groups": 3}, "groups must divide the number of experts 4, got 3"),
         ({"k": 3, "groups": 2}, "k must be at most the 2 experts of the groups kept, got 3"),
     ],

@@ -34,6 +34,8 @@ class SelectionSpec:
 
     Attributes:
         k: slots a token.
+        p: None fills every slot; else the smallest set of experts whose probabilities sum to more than p, the other
+            slots stay empty. 1 or more fills every slot. With score "softmax".
         score: function of the logits that gives the scores.
         order: "score-topk" scores all experts and keeps k of the scores; "topk-score" keeps k logits and scores those.
         renormalize: None leaves the weights; p divides them by their p-norm (1: the sum of their absolute values).
@@ -46,6 +48,8 @@ class SelectionSpec:
         group_score: how a group is scored: its best expert, or the sum of its two best.
         group_fill: score given to the experts of other groups; -inf excludes them, 0 (DeepSeek-V2) only pushes them
             back.
+        null_experts: number of experts, the last ones, that are chosen like any other and weigh 0; the norm does not
+            count them (AdaMoE, MoE++).
         weight_on: "output" multiplies an expert's output, "input" its input (Llama 4). Read by the mixture, not by
             ``select``.
 
@@ -54,6 +58,7 @@ class SelectionSpec:
     """
 
     k: int
+    p: float | None = None
     score: Score = "softmax"
     order: Order = "score-topk"
     renormalize: float | None = None
@@ -64,6 +69,7 @@ class SelectionSpec:
     groups_kept: int = 1
     group_score: GroupScore = "max"
     group_fill: float = float("-inf")
+    null_experts: int = 0
     weight_on: WeightOn = "output"
 
     def __post_init__(self) -> None:
@@ -71,6 +77,8 @@ class SelectionSpec:
             _one_of(name, getattr(self, name), get_args(allowed))
         if self.k < 1:
             raise OptionError(f"k must be at least 1, got {self.k}")
+        if self.p is not None and not (self.p >= 0 and self.score == "softmax"):
+            raise OptionError(f"p must be None, or at least 0 with score 'softmax', got {self.p} with {self.score!r}")
         if self.renormalize is not None and self.renormalize <= 0:
             raise OptionError(f"renormalize must be None or a norm's order above 0, got {self.renormalize}")
         if not 1 <= self.groups_kept <= self.groups:
@@ -78,10 +86,17 @@ class SelectionSpec:
         if self.order == "topk-score" and self.groups > 1:
             raise OptionError("groups need order 'score-topk', got 'topk-score'")
 
+    @property
+    def weighs_constantly(self) -> bool:
+        """Whether one expert is chosen and weighed the same whatever its logit is, so that no gradient passes."""
+        return self.k == 1 and (self.renormalize is not None or (self.order, self.score) == ("topk-score", "softmax"))
+
     def check_experts(self, num_experts: int) -> None:
         """Raise ``OptionError`` unless the spec can choose among that many experts."""
         if self.k > num_experts:
             raise OptionError(f"k must be at most the number of experts {num_experts}, got {self.k}")
+        if not 0 <= self.null_experts < num_experts:
+            raise OptionError(f"null_experts must lie in 0 .. {num_experts - 1}, got {self.null_experts}")
         if num_experts % self.groups:
             raise OptionError(f"groups must divide the number of experts {num_experts}, got {self.groups}")
         eligible = num_experts // self.groups * self.groups_kept
@@ -98,33 +113,50 @@ def select(logits_TE: Array, spec: SelectionSpec, bias_E: Array | None = None) -
         bias_E: selection bias; it chooses, it never weighs (arXiv:2408.15664). Not with order "topk-score".
 
     Returns:
-        A ``Routing`` with K = spec.k, slots by falling choice score, ties to the lowest index; weights in float32.
+        A ``Routing`` with K = spec.k, slots by falling choice score, ties to the lowest index, empty ones last; weights
+        in float32.
 
     Raises:
         OptionError: if the spec does not fit the number of experts.
         ShapeError: if logits_TE has not two dimensions or bias_E not E entries.
     """
     arrays.require_2d("logits_TE", logits_TE)
-    spec.check_experts(logits_TE.shape[-1])
-    if bias_E is not None and tuple(bias_E.shape) != (logits_TE.shape[-1],):
-        raise ShapeError(f"bias_E must have shape ({logits_TE.shape[-1]},), got {tuple(bias_E.shape)}")
+    E = logits_TE.shape[-1]
+    spec.check_experts(E)
+    if bias_E is not None and tuple(bias_E.shape) != (E,):
+        raise ShapeError(f"bias_E must have shape ({E},), got {tuple(bias_E.shape)}")
+    weights_TK, indices_TK = _choose(arrays.float32(logits_TE), spec, bias_E)
+    if spec.p is not None and spec.p < 1:
+        kept_TK = _smallest_set(weights_TK, spec.p)
+        indices_TK = arrays.where(kept_TK, indices_TK, E)
+        weights_TK = arrays.where(kept_TK, weights_TK, 0.0)
+    if spec.null_experts:
+        weights_TK = arrays.where(indices_TK < E - spec.null_experts, weights_TK, 0.0)
+    return Routing(logits_TE, _normalize(weights_TK, spec), indices_TK)
+
+
+def _choose(logits_TE: Array, spec: SelectionSpec, bias_E: Array | None) -> tuple[Array, Array]:
+    """Scores and indices of the k best of each token."""
     score = _SCORES[spec.score]
-    scores_TE = arrays.float32(logits_TE)
     if spec.order == "topk-score":
         if bias_E is not None:
             raise OptionError("a selection bias needs order 'score-topk', got 'topk-score'")
-        indices_TK = arrays.top_k(scores_TE, spec.k)
-        weights_TK = score(arrays.take(scores_TE, indices_TK))
-    else:
-        scores_TE = score(scores_TE)
-        choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-        if spec.groups > 1:
-            eligible_TE = _eligible(choice_TE, spec)
-            choice_TE = arrays.where(eligible_TE, choice_TE, spec.group_fill)
-            scores_TE = arrays.where(eligible_TE, scores_TE, 0.0)
-        indices_TK = arrays.top_k(choice_TE, spec.k)
-        weights_TK = arrays.take(scores_TE, indices_TK)
-    return Routing(logits_TE, _normalize(weights_TK, spec), indices_TK)
+        indices_TK = arrays.top_k(logits_TE, spec.k)
+        return score(arrays.take(logits_TE, indices_TK)), indices_TK
+    scores_TE = score(logits_TE)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if spec.groups > 1:
+        eligible_TE = _eligible(choice_TE, spec)
+        choice_TE = arrays.where(eligible_TE, choice_TE, spec.group_fill)
+        scores_TE = arrays.where(eligible_TE, scores_TE, 0.0)
+    indices_TK = arrays.top_k(choice_TE, spec.k)
+    return arrays.take(scores_TE, indices_TK), indices_TK
+
+
+def _smallest_set(weights_TK: Array, p: float) -> Array:
+    """Which slots come first until their sum exceeds p, the one that makes it so included."""
+    beyond_TK = (weights_TK.cumsum(-1) > p) * 1
+    return beyond_TK.cumsum(-1) <= beyond_TK
 
 
 def _eligible(choice_TE: Array, spec: SelectionSpec) -> Array:
