@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from mixtura.core.errors import NotExpressibleError, OptionError, UnknownNameError
 from mixtura.hf import convert, mixtures
 from mixtura.hf.frozen_rows import frozen_rows
-from mixtura.hf.roles import ROLES, freeze, parameter_roles, parse, unfreeze
+from mixtura.hf.roles import freeze, parse, unfreeze
+from mixtura.hf.tensor_roles import ROLES, buffer_roles, parameter_roles
 from mixtura.nn import ExpertGroup, Experts, Mixture
 from mixtura.nn.experts.forms import ConstantExperts, ZeroExperts
 from mixtura.nn.routers.topk_softmax import TopKRouter
@@ -103,6 +104,12 @@ def test_native_mixtures_have_their_roles(family):
         assert (role.role == "experts") == (".experts." in name)
         if ".experts." in name:
             assert (role.experts, role.num_experts, role.layer) == (range(4), 4, int(name.split(".")[2]))
+
+
+def test_the_bias_of_a_selection_is_the_routers():
+    model = pico("minimax_m2", num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+    roles = {role.name.rpartition(".")[2]: role.role for role in buffer_roles(model)}
+    assert roles == {"e_score_correction_bias": "routers"}
 
 
 def test_forms_of_a_group_have_their_own_numbers():

@@ -1,4 +1,4 @@
-"""What every parameter of a model is for, and ``freeze`` by that.
+"""``freeze`` and ``unfreeze``: parameters by what they are for.
 
 An expression names a role, some layers, or a role in some layers:
 
@@ -7,71 +7,26 @@ An expression names a role, some layers, or a role in some layers:
     "layers[24:30]"  "layers[-1]"  "layers[24:30].routers"
     "experts[3]"  "experts[0:4]"  "layers[2].experts[0:4]"
 
-Indices are Python's, without a step; in every layer that is meant the named experts must exist. Roles are found by
-structure: our mixtures by their class, native ones as the module that has ``experts`` (beside them a ``gate`` or
-``router``; what else is there works on every token and is shared), the rest of a decoder layer by its place. A norm or
-a bias of theirs belongs to routers and experts. Experts lie side by side in one stack: to freeze some of them holds
-their rows, see ``mixtura.hf.frozen_rows``; what the experts of a layer share is no part of one of them.
+Indices are Python's, without a step; in every layer that is meant the named experts must exist. What has which role is
+told by ``mixtura.hf.tensor_roles``. Experts lie side by side in one stack: to freeze some of them holds their rows, see
+``mixtura.hf.frozen_rows``; what the experts of a layer share is no part of one of them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 from torch import nn
 
 from mixtura.core.errors import NotExpressibleError, OptionError, unknown_name
-from mixtura.hf.frozen_rows import frozen_rows, hold_rows
+from mixtura.hf.frozen_rows import hold_rows
 from mixtura.hf.sites import decoder_layers
-from mixtura.nn.experts.group import ExpertGroup
-from mixtura.nn.mixture import Mixture
+from mixtura.hf.tensor_roles import MIXTURES, ROLES, TensorRole, parameter_roles
 
-MIXTURES = ("routers", "experts", "shared")
-ROLES = (*MIXTURES, "feed-forward", "attention", "norms", "embeddings", "head", "other")
 NAMES = (*ROLES, "mixtures", "adapters", "layers", "all")
 
 _PART = re.compile(r"([a-z-]+)(?:\[(-?\d+)?(?:(:)(-?\d+)?)?\])?")
-_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|^ff$|^fc\d$|^wi|^wo$")
-_ROUTER_NAMES = ("gate", "router")
-
-
-class ParameterRole(NamedTuple):
-    """One parameter.
-
-    Attributes:
-        name: as ``named_parameters`` gives it.
-        parameter: itself.
-        module: that owns it, under the last part of its name.
-        role: one of ``ROLES``.
-        layer: number of its decoder layer; None outside of them.
-        experts: experts whose weights it stacks along its first axis; None if it is of none or common to all.
-        num_experts: E of its mixture; None outside of the experts.
-        adapter: whether PEFT added it.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    module: nn.Module
-    role: str
-    layer: int | None
-    experts: range | None
-    num_experts: int | None
-    adapter: bool
-
-    @property
-    def units(self) -> range:
-        """What can be frozen by itself: experts, or the whole as number 0."""
-        return range(1) if self.experts is None else self.experts
-
-    @property
-    def frozen(self) -> frozenset[int]:
-        """Units that are not trained."""
-        if not self.parameter.requires_grad:
-            return frozenset(self.units)
-        rows = frozen_rows(self.module, self.name.rpartition(".")[2])
-        return frozenset(self.units[row] for row in rows)
 
 
 def freeze(model: nn.Module, what: str | Iterable[str]) -> list[str]:
@@ -103,16 +58,6 @@ def unfreeze(model: nn.Module, what: str | Iterable[str]) -> list[str]:
         OptionError: also if a parameter is quantized, so that it cannot have a gradient.
     """
     return _change(model, what, lambda old, named: old - named)
-
-
-def parameter_roles(model: nn.Module) -> list[ParameterRole]:
-    """Every parameter with what it is for, in the order of ``named_parameters``; tied ones once.
-
-    Raises:
-        NotExpressibleError: if the model has no decoder layers.
-    """
-    marks = _Marks(model)
-    return [marks.role(name, parameter) for name, parameter in model.named_parameters()]
 
 
 def parse(expression: str) -> tuple[tuple[str, int | slice | None], ...]:
@@ -156,25 +101,25 @@ def _change(
     wanted = {role: combine(role.frozen, named[role.name]) for role in roles if role.name in named}
     changed = {role: units for role, units in wanted.items() if units != role.frozen}
     for role, units in changed.items():
-        if len(units) < len(role.units) and not role.parameter.is_floating_point():
-            raise OptionError(f"{role.name} is of {role.parameter.dtype}: quantized weights cannot be trained")
+        if len(units) < len(role.units) and not role.tensor.is_floating_point():
+            raise OptionError(f"{role.name} is of {role.tensor.dtype}: quantized weights cannot be trained")
     for role, units in changed.items():
         _hold(role, units)
     return [role.name for role in changed]
 
 
-def _hold(role: ParameterRole, units: frozenset[int]) -> None:
+def _hold(role: TensorRole, units: frozenset[int]) -> None:
     attribute = role.name.rpartition(".")[2]
     whole = len(units) == len(role.units)
     hold_rows(role.module, attribute, ())
-    role.parameter.requires_grad_(not whole)
+    role.tensor.requires_grad_(not whole)
     if whole:
-        role.parameter.grad = None  # an optimizer would still follow what was accumulated
+        role.tensor.grad = None  # an optimizer would still follow what was accumulated
     else:
         hold_rows(role.module, attribute, tuple(sorted(role.units.index(unit) for unit in units)))
 
 
-def _match(expression: str, roles: Sequence[ParameterRole], layers: int) -> list[tuple[ParameterRole, frozenset[int]]]:
+def _match(expression: str, roles: Sequence[TensorRole], layers: int) -> list[tuple[TensorRole, frozenset[int]]]:
     parts = dict(parse(expression))
     inside = roles
     if "layers" in parts:
@@ -191,22 +136,22 @@ def _match(expression: str, roles: Sequence[ParameterRole], layers: int) -> list
     return found
 
 
-def _has_role(role: ParameterRole, name: str) -> bool:
+def _has_role(role: TensorRole, name: str) -> bool:
     if name in ("mixtures", "adapters"):
         return role.role in MIXTURES if name == "mixtures" else role.adapter
     return name in ("all", role.role)
 
 
 def _slices(
-    experts: Sequence[ParameterRole], index: int | slice, expression: str
-) -> Iterator[tuple[ParameterRole, frozenset[int]]]:
+    experts: Sequence[TensorRole], index: int | slice, expression: str
+) -> Iterator[tuple[TensorRole, frozenset[int]]]:
     """Those of the experts that are numbered, stack by stack."""
     stacked = {role.layer for role in experts if role.experts is not None}
     for role in experts:
         where = f"experts of layer {role.layer}"
         if role.adapter:
             raise NotExpressibleError(f"{expression!r}: the {where} share the adapter {role.name}; name them all")
-        if role.num_experts is None or role.layer not in stacked or (role.experts is None and role.parameter.ndim > 2):
+        if role.num_experts is None or role.layer not in stacked or (role.experts is None and role.tensor.ndim > 2):
             raise NotExpressibleError(f"{expression!r}: the {where} are not stacked expert by expert in {role.name}")
         units = frozenset(_chosen(index, role.num_experts, expression, where)) & frozenset(role.experts or ())
         if units:
@@ -227,94 +172,7 @@ def _chosen(index: int | slice | None, number: int, expression: str, what: str) 
     return chosen
 
 
-def _existing(inside: Sequence[ParameterRole], roles: Sequence[ParameterRole]) -> str:
+def _existing(inside: Sequence[TensorRole], roles: Sequence[TensorRole]) -> str:
     found = dict.fromkeys(role.role for role in inside) | dict.fromkeys("adapters" for r in inside if r.adapter)
     tied = "" if any(role.role == "head" for role in roles) else " (a head that is tied is among the embeddings)"
     return f"there are {', '.join(found) or 'none'}{tied}"
-
-
-class _Marks:
-    """Modules whose place says what their parameters are for."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.roles: dict[int, str] = {}
-        self.experts: dict[int, tuple[range, int]] = {}
-        self.layers = {id(layer): number for number, layer in enumerate(decoder_layers(model))}
-        self.adapters = set(getattr(model, "peft_config", {}))
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                self.roles[id(module)] = "embeddings"
-        for role, get in (("head", "get_output_embeddings"), ("embeddings", "get_input_embeddings")):
-            self._mark(role, getattr(model, get, lambda: None)())
-        for module in [*model.modules()]:
-            self._mark_mixture(module)
-
-    def _mark(self, role: str, *modules: Any) -> None:
-        self.roles |= {id(module): role for module in modules if isinstance(module, nn.Module)}
-
-    def _mark_mixture(self, module: nn.Module) -> None:
-        if isinstance(module, Mixture):
-            self._mark("shared", module)
-            self._mark("routers", module.router)
-            self._mark("experts", module.experts)
-            self._mark_stacks(module.experts)
-        elif "experts" in module._modules and id(module) not in self.roles:
-            children = dict(module.named_children())
-            self._mark("routers", module)  # a bias of the selection may lie in the block itself
-            self._mark("shared", *children.values())
-            self._mark("routers", *(children.get(name) for name in _ROUTER_NAMES))
-            self._mark("experts", children["experts"])
-            self._mark_stacks(_unwrapped(children["experts"]))
-
-    def _mark_stacks(self, experts: nn.Module) -> None:
-        """Note which experts each module holds."""
-        forms = experts.forms if isinstance(experts, ExpertGroup) else [experts]
-        number = len(experts) if isinstance(experts, nn.ModuleList) else getattr(experts, "num_experts", None)
-        if isinstance(experts, nn.ModuleList):
-            self.experts |= {id(expert): (range(e, e + 1), len(experts)) for e, expert in enumerate(experts)}
-        elif isinstance(number, int):
-            first = 0
-            for form in forms:
-                E = int(form.num_experts)
-                self.experts[id(form)] = (range(first, first + E), number)
-                first += E
-
-    def role(self, name: str, parameter: nn.Parameter) -> ParameterRole:
-        path = list(_along(self.model, name))
-        layer = next((self.layers[id(module)] for _, module in path if id(module) in self.layers), None)
-        held, number = next((self.experts[id(m)] for _, m in path if id(m) in self.experts), (None, None))
-        stacked = held is not None and (len(held) == 1 or (parameter.ndim > 0 and len(parameter) == len(held)))
-        adapter = not self.adapters.isdisjoint(name.split("."))
-        experts = held if stacked and not adapter else None
-        role = self._role(path, layer is not None)
-        return ParameterRole(name, parameter, path[-1][1], role, layer, experts, number, adapter)
-
-    def _role(self, path: Sequence[tuple[str, nn.Module]], in_layer: bool) -> str:
-        marks = [self.roles[id(module)] for _, module in path if id(module) in self.roles]
-        if marks:
-            return marks[-1]
-        if "norm" in type(path[-1][1]).__name__.lower():
-            return "norms"
-        if not in_layer:
-            return "other"
-        names = [name for name, module in path if id(module) not in self.layers]
-        if any("shared" in name for name in names):
-            return "shared"
-        return "feed-forward" if any(_FEED_FORWARD.search(name) for name in names) else "attention"
-
-
-def _along(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules from the model to the owner of a parameter, each with its last name."""
-    yield "", model
-    module = model
-    for part in name.split(".")[:-1]:
-        module = module._modules[part]  # type: ignore[assignment]
-        yield part, module
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """What PEFT wrapped."""
-    while isinstance(inner := module._modules.get("base_layer"), nn.Module):
-        module = inner
-    return module
