@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 
 from mixtura.core.errors import MixturaError, MixturaWarning, NotExpressibleError
 from mixtura.core.files import write_file
+from mixtura.core.layers import chosen_layers
 from mixtura.data import Corpus
 from mixtura.hf.count import count_parameters
 from mixtura.hf.export import export
 from mixtura.hf.generate import generate_text
 from mixtura.hf.load import load_model
 from mixtura.surgery.fitted_router import fit_router_rows
-from mixtura.surgery.layers import chosen_layers
 from mixtura.surgery.upcycle import upcycle
 from mixtura.tour import DATA, LAYERS, PROMPTS, TRAIN, UPCYCLE, Tour
 from mixtura.traces.inspect import capture_documents

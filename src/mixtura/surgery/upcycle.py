@@ -11,8 +11,8 @@ import torch
 
 from mixtura.core import registry
 from mixtura.core.errors import MixturaError, OptionError, unknown_name
+from mixtura.core.layers import chosen_layers
 from mixtura.nn.mixture import Mixture
-from mixtura.surgery.layers import chosen_layers
 
 TOLERANCE = 1e-4  # of logits in float32
 ROUNDINGS = 16  # of logits in half precision, in units of the type's precision

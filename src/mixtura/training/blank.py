@@ -43,9 +43,9 @@ def _config(name: str) -> Any:
 
 def _upcycled(model: Any, method: str = "sparse-upcycling", layers: Any = "every:2", **options: Any) -> Any:
     from mixtura.core import registry
+    from mixtura.core.layers import chosen_layers
     from mixtura.hf import convert, feed_forward_sites
     from mixtura.nn import Mixture
-    from mixtura.surgery.layers import chosen_layers
 
     surgery, sites, made = registry.get(method), feed_forward_sites(model), {}
     for number in chosen_layers(layers, model.config.num_hidden_layers):
