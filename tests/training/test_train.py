@@ -80,7 +80,8 @@ def test_inline_feed_forwards_can_be_trained(tmp_path):
 def test_a_router_rate_of_zero_freezes_the_routers(tmp_path):
     start = model()
     before = snapshot(start)
-    run(tmp_path / "out", recipe(router_learning_rate=0), start)
+    with pytest.warns(MixturaWarning, match="have no gradient path to the routers of layers 1, 2"):
+        run(tmp_path / "out", recipe(router_learning_rate=0), start)
     assert not any(".router." in name for name in changed(before, start))
     assert any(".experts." in name for name in changed(before, start))
 

@@ -26,6 +26,7 @@ _SCORES: dict[str, Callable[[Array], Array]] = {
     "relu": arrays.relu,
     "none": lambda x: x,
 }
+_LOWEST = -3e38  # of no weight beside any other logit, and no NaN where all are so low
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,13 +105,20 @@ class SelectionSpec:
             raise OptionError(f"k must be at most the {eligible} experts of the groups kept, got {self.k}")
 
 
-def select(logits_TE: Array, spec: SelectionSpec, bias_E: Array | None = None) -> Routing:
+def select(
+    logits_TE: Array,
+    spec: SelectionSpec,
+    bias_E: Array | None = None,
+    change: Callable[[Array], Array] | None = None,
+) -> Routing:
     """Choose k experts a token and weigh them.
 
     Args:
         logits_TE: (T, E); computed in float32 (float64 stays).
         spec: how to score, choose and normalize.
         bias_E: selection bias; it chooses, it never weighs (arXiv:2408.15664). Not with order "topk-score".
+        change: from the scores (T, E) that experts are chosen by to others, after groups have been chosen; an expert
+            at -inf is not chosen, and a slot that no expert is left for stays empty.
 
     Returns:
         A ``Routing`` with K = spec.k, slots by falling choice score, ties to the lowest index, empty ones last; weights
@@ -125,7 +133,7 @@ def select(logits_TE: Array, spec: SelectionSpec, bias_E: Array | None = None) -
     spec.check_experts(E)
     if bias_E is not None and tuple(bias_E.shape) != (E,):
         raise ShapeError(f"bias_E must have shape ({E},), got {tuple(bias_E.shape)}")
-    weights_TK, indices_TK = _choose(arrays.float32(logits_TE), spec, bias_E)
+    weights_TK, indices_TK = _choose(arrays.float32(logits_TE), spec, bias_E, change)
     if spec.p is not None and spec.p < 1:
         kept_TK = _smallest_set(weights_TK, spec.p)
         indices_TK = arrays.where(kept_TK, indices_TK, E)
@@ -135,22 +143,32 @@ def select(logits_TE: Array, spec: SelectionSpec, bias_E: Array | None = None) -
     return Routing(logits_TE, _normalize(weights_TK, spec), indices_TK)
 
 
-def _choose(logits_TE: Array, spec: SelectionSpec, bias_E: Array | None) -> tuple[Array, Array]:
+def _choose(
+    logits_TE: Array, spec: SelectionSpec, bias_E: Array | None, change: Callable[[Array], Array] | None
+) -> tuple[Array, Array]:
     """Scores and indices of the k best of each token."""
+    late = spec.order == "topk-score"
+    if late and bias_E is not None:
+        raise OptionError("a selection bias needs order 'score-topk', got 'topk-score'")
     score = _SCORES[spec.score]
-    if spec.order == "topk-score":
-        if bias_E is not None:
-            raise OptionError("a selection bias needs order 'score-topk', got 'topk-score'")
-        indices_TK = arrays.top_k(logits_TE, spec.k)
-        return score(arrays.take(logits_TE, indices_TK)), indices_TK
-    scores_TE = score(logits_TE)
+    scores_TE = logits_TE if late else score(logits_TE)
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if spec.groups > 1:
         eligible_TE = _eligible(choice_TE, spec)
         choice_TE = arrays.where(eligible_TE, choice_TE, spec.group_fill)
-        scores_TE = arrays.where(eligible_TE, scores_TE, 0.0)
+        if change is None:  # who is chosen in spite of the groups has the weight of its score
+            scores_TE = arrays.where(eligible_TE, scores_TE, 0.0)
+    if change is None:
+        indices_TK = arrays.top_k(choice_TE, spec.k)
+        taken_TK = arrays.take(scores_TE, indices_TK)
+        return (score(taken_TK) if late else taken_TK), indices_TK
+    choice_TE = change(choice_TE)
     indices_TK = arrays.top_k(choice_TE, spec.k)
-    return arrays.take(scores_TE, indices_TK), indices_TK
+    filled_TK = arrays.take(choice_TE, indices_TK) > float("-inf")
+    taken_TK = arrays.take(scores_TE, indices_TK)
+    if late:
+        taken_TK = score(arrays.where(filled_TK, taken_TK, _LOWEST))
+    return arrays.where(filled_TK, taken_TK, 0.0), arrays.where(filled_TK, indices_TK, logits_TE.shape[-1])
 
 
 def _smallest_set(weights_TK: Array, p: float) -> Array:

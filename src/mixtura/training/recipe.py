@@ -160,7 +160,9 @@ class Recipe(_Section):
         data: what is read.
         train: how it is trained.
         upcycle: options of ``mixtura.surgery.upcycle.upcycle``, its method among them; None trains the model as it is.
-        balance: coefficient by key of a balance method; each is summed over the layers.
+        balance: coefficient by key of a balance method, or a mapping of ``coefficient`` and the method's options; each
+            is summed over the layers.
+        balance_statistic: key of the load that a load-balancing term sees.
         seed: of everything that is drawn.
     """
 
@@ -168,13 +170,15 @@ class Recipe(_Section):
     data: DataRecipe
     train: TrainRecipe
     upcycle: dict[str, Any] | None = None
-    balance: dict[str, float] = dataclasses.field(default_factory=dict)
+    balance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    balance_statistic: str = "previous-step-load"
     seed: int = _from_zero(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in self.balance:
-            _check_balance(key)
+        checked = {key: _checked_term(key, value) for key, value in self.balance.items()}
+        object.__setattr__(self, "balance", checked)
+        _of_role("statistic", self.balance_statistic)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -205,10 +209,23 @@ class Recipe(_Section):
         return train.steps * train.batch_size * train.gradient_accumulation * self.data.sequence_length
 
 
-def _check_balance(key: str) -> None:
-    known = {row.key for row in registry.methods("balance")}
+def _checked_term(key: str, value: Any) -> Any:
+    """A balance term with its numbers as numbers."""
+    path = f"balance.{key}"
+    method = _of_role("balance", key)
+    if not isinstance(value, Mapping):
+        return _typed(path, value, float)
+    method.check(set(value) - {"coefficient"})
+    if "coefficient" not in value:
+        raise OptionError(f"{path}.coefficient is missing")
+    return {**value, "coefficient": _typed(f"{path}.coefficient", value["coefficient"], float)}
+
+
+def _of_role(role: str, key: str) -> registry.Method:
+    known = {row.key: row for row in registry.methods(role)}
     if key not in known:
-        raise OptionError(str(unknown_name("method of balance", key, known)))
+        raise OptionError(str(unknown_name(f"method of {role}", key, known)))
+    return known[key]
 
 
 def _typed(path: str, value: Any, hint: Any) -> Any:

@@ -50,7 +50,8 @@ def build_trainer(
         train_dataset=sequences,
         optimizers=(optimizer, schedule),
         callbacks=[CompleteMark(), *([ProgressBar()] if progress else [])],
-        terms=recipe.balance,
+        balance=recipe.balance,
+        statistic=recipe.balance_statistic,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.args.world_size > 1:

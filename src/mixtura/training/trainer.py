@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +12,34 @@ from torch import nn
 from transformers import Trainer
 
 from mixtura.core.errors import FileFormatError, MixturaError
-from mixtura.hf import record
-from mixtura.hf.losses import IGNORED, balance_loss, next_token_loss
+from mixtura.hf.losses import IGNORED, next_token_loss
+from mixtura.nn.balance.statistic import sum_over_processes
+from mixtura.training.balanced import Balanced
 
 WEIGHTS = "model.safetensors"  # the name under which Trainer looks for weights when it resumes
 
 
-class MixtureTrainer(Trainer):
+class MixtureTrainer(Balanced, Trainer):
     """Trains a causal language model, with mixtures or without.
 
-    The loss of a step is the cross-entropy per predicted token of the whole step, exact under accumulation, plus the
-    balance terms, summed over the layers and averaged over the micro-batches; see ``balance_loss`` for what that
-    average leaves open. A row of the log has the loss of its step alone and every part of it, so a resumed run logs the
-    same rows.
+    The loss of a step is the cross-entropy per predicted token of the whole step plus the balance terms, summed over
+    the layers; both are the same however the step is split into micro-batches and over processes, but for what
+    ``statistic`` leaves open. A row of the log has the loss of its step alone and every part of it, so a resumed run
+    logs the same rows.
 
     Args:
-        terms: coefficient by key of a balance method.
+        balance: coefficient by key of a balance method; see ``Balanced``.
+        statistic: key of the load that a load-balancing term sees.
     """
 
-    loss_is_scaled_for_ga = True
-
-    def __init__(self, *args: Any, terms: Mapping[str, float], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.terms = terms
-        self.parts: dict[str, float] = {}
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, compute_loss_func=self._cross_entropy, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of one step, and how many tokens they predict."""
+        """The micro-batches of one step, and how many tokens all processes predict in it."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.parts = {}
-        return batches, sum(batch["labels"][:, 1:].ne(IGNORED).sum() for batch in batches)
+        count = sum(batch["labels"][:, 1:].ne(IGNORED).sum() for batch in batches)
+        return batches, sum_over_processes(torch.as_tensor(count, device=device))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -51,26 +49,25 @@ class MixtureTrainer(Trainer):
         Raises:
             MixturaError: if it is not finite.
         """
-        labels_BQ = inputs["labels"]
-        with record(model) as states:
-            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
-        cross_entropy = next_token_loss(outputs.logits, labels_BQ, num_items_in_batch)
-        balance, parts = balance_loss(states, self.terms)
-        share = 1 / self.current_gradient_accumulation_steps
-        loss = cross_entropy + balance.to(cross_entropy.device) * share
-        self._add_parts({"loss": loss.detach(), "cross_entropy": cross_entropy.detach()}, 1.0)
-        self._add_parts(parts, share)
+        inputs = {**inputs, "use_cache": False}
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        self.add_parts({"loss": loss.item() / self.accelerator.num_processes})
         if not loss.isfinite():
             raise MixturaError(f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower learning_rate")
-        return (loss, outputs) if return_outputs else loss
+        return result
 
-    def _add_parts(self, parts: Mapping[str, torch.Tensor], share: float) -> None:
-        for name, value in parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + value.item() * share
+    def _cross_entropy(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = next_token_loss(outputs.logits, labels, num_items_in_batch)
+        self.add_parts({"cross_entropy": loss.item()})
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a row with every part of the loss of its step."""
-        super().log({**logs, **self.parts} if "loss" in logs else logs, start_time)
+        """Log a row with every part of the loss of its step, over all processes."""
+        if "loss" in logs:
+            values = sum_over_processes(torch.tensor([*self.parts.values()], dtype=torch.float64))
+            logs = {**logs, **dict(zip(self.parts, values.tolist(), strict=True))}
+        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write trained parameters and buffers, by their names in memory; neither frozen weights nor optimizer."""
