@@ -198,6 +198,8 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
             if not is_complete(path):
                 shutil.rmtree(path, ignore_errors=True)
         last = newest_checkpoint(folder)
+        if last is None:
+            _clear(folder)
         kept = "there is no complete checkpoint yet" if last is None else f"{last.name} is complete"
         raise MixturaError(
             f"could not write beside {str(folder)!r}, the disk is full ({error}); {kept}: free space and run again"
