@@ -13,7 +13,10 @@ from mixtura.core.routing import Routing
 from mixtura.core.selection import select
 from mixtura.nn import Experts
 from mixtura.nn.backends import sorted_backend
+from mixtura.nn.routers.base import without_padding
+from mixtura.nn.routers.hash_routing import HashRouter
 from mixtura.nn.routers.topk_softmax import TopKRouter
+from mixtura.nn.state import current_state
 
 
 class SeesItsMates(TopKRouter):
@@ -58,6 +61,61 @@ class DetachedGate(TopKRouter):
         return Routing(logits_TE, weights_TK.detach() + 0 * logits_TE.sum(), indices_TK)
 
 
+class LooksAhead(TopKRouter):
+    """A token is routed by the token after it, a little."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts)
+
+    def forward(self, hidden_TD):
+        return super().forward(hidden_TD + 1e-4 * hidden_TD.roll(-1, 0))
+
+
+class LooksAtTheLength(TopKRouter):
+    """Its logits grow with the number of real tokens."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts)
+
+    def forward(self, hidden_TD):
+        state = current_state()
+        real = len(hidden_TD) if state.mask_T is None else int(state.mask_T.sum())
+        return super().forward(hidden_TD * real)
+
+
+class LooksAtLaterIds(TopKRouter):
+    """Its logits depend on how often an id occurs in the call."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts)
+
+    def forward(self, hidden_TD):
+        token_T = current_state().token_T
+        return super().forward(hidden_TD * (token_T[:, None] == token_T).sum(1, keepdim=True))
+
+
+class LooksThroughTheTape(TopKRouter):
+    """It adds what the mixture before had for later tokens."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts)
+
+    def forward(self, hidden_TD):
+        before_TE = current_state().tape.before("").logits_TE
+        return without_padding(select(self.gate(hidden_TD) + before_TE.mean(0), self.spec))
+
+
+class HasGradientWithoutParameters(HashRouter):
+    """A table that is chosen by ids, and weighs by the tokens."""
+
+    def __init__(self, dim: int, num_experts: int, vocabulary: int) -> None:
+        super().__init__(dim, num_experts, vocabulary)
+
+    def forward(self, hidden_TD):
+        logits_TE, weights_TK, indices_TK = super().forward(hidden_TD)
+        return Routing(logits_TE, weights_TK * hidden_TD[:, :1], indices_TK)
+
+
 class SquaredWeights(Experts):
     """Not linear in the weights."""
 
@@ -68,8 +126,14 @@ class SquaredWeights(Experts):
         return super().forward(hidden_TD, indices_TK, weights_TK**2)
 
 
-for _cls in (SeesItsMates, IgnoresPadding, TiesToTheHighest, DetachedGate, SquaredWeights):
+LEAKS = (SeesItsMates, LooksAhead, LooksAtTheLength, LooksAtLaterIds, LooksThroughTheTape)
+OTHERS = (IgnoresPadding, TiesToTheHighest, DetachedGate, HasGradientWithoutParameters, SquaredWeights)
+for _cls in (*LEAKS, *OTHERS):
     _remember_arguments(_cls, _cls.__name__)
+
+
+def declares_whether_it_sees_the_future(row, generator):
+    test_routers.test_declares_whether_it_sees_the_future(row)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +146,13 @@ for _cls in (SeesItsMates, IgnoresPadding, TiesToTheHighest, DetachedGate, Squar
         (test_routers.test_ties_go_to_the_lowest_index, TiesToTheHighest),
         (test_routers.test_permutes_with_its_experts, TiesToTheHighest),
         (test_routers.test_passes_gradient_to_its_gate, DetachedGate),
+        (test_routers.test_a_router_without_parameters_has_nothing_to_train, HasGradientWithoutParameters),
+        *((declares_whether_it_sees_the_future, cls) for cls in LEAKS),
         (test_experts.test_equal_the_formula, SquaredWeights),
         (test_experts.test_are_linear_in_the_weights, SquaredWeights),
         (test_experts.test_an_index_twice_is_the_sum_of_its_weights, SquaredWeights),
     ],
+    ids=lambda part: part.__name__,
 )
 def test_a_broken_method_breaks_its_law(law, cls, generator):
     with pytest.raises(AssertionError):

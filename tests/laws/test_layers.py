@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from laws.building import SIZES, build, key, rows, tokens
+from laws.building import SIZES, build, ids, key, rows, state_of, tokens
 from mixtura.core import routing as r
-from mixtura.nn import Mixture, RouterState
+from mixtura.nn import Mixture
 from mixtura.nn.backends import naive_backend
 from mixtura.nn.experts.feed_forward import Experts
 from mixtura.nn.state import use_state
@@ -18,12 +18,13 @@ from mixtura.nn.state import use_state
 every_layer = pytest.mark.parametrize("row", rows("layer"), ids=key)
 
 
-def recorded(layer, hidden, mask_T=None):
-    """Output, and the one routing that is on the tape afterwards."""
-    state = RouterState(mask_T)
+def recorded(layer, hidden, mask_T=None, token_T=None):
+    """Output, and the one routing that is on the tape afterwards beside that of the mixture before."""
+    token_T = ids(hidden[..., 0].numel()) if token_T is None else token_T
+    state = state_of(token_T, layer.router.num_experts, mask_T)
     with use_state(state):
         out = layer(hidden)
-    (record,) = state.tape.records
+    _, record = state.tape.records
     assert record.layer == layer.layer
     return out, r.check(record.routing)
 
@@ -32,9 +33,9 @@ def recorded(layer, hidden, mask_T=None):
 def test_keeps_any_leading_shape(row, generator):
     layer = build(row).eval()
     hidden_TD = tokens(generator)
-    out_TD = layer(hidden_TD)
-    assert torch.equal(layer(hidden_TD.view(3, 4, -1)), out_TD.view(3, 4, -1))
-    assert layer(hidden_TD[:0]).shape == (0, SIZES["dim"])
+    out_TD, _ = recorded(layer, hidden_TD)
+    assert torch.equal(recorded(layer, hidden_TD.view(3, 4, -1))[0], out_TD.view(3, 4, -1))
+    assert recorded(layer, hidden_TD[:0])[0].shape == (0, SIZES["dim"])
 
 
 @every_layer
@@ -48,7 +49,7 @@ def test_padding_leaves_real_tokens_alone(row, generator):
     layer, hidden_TD = build(row).eval(), tokens(generator)
     mask_T = torch.arange(12) % 3 != 0
     out_TD, routing = recorded(layer, hidden_TD, mask_T)
-    alone_TD, _ = recorded(layer, hidden_TD[mask_T])
+    alone_TD, _ = recorded(layer, hidden_TD[mask_T], token_T=ids(12)[mask_T])
     torch.testing.assert_close(out_TD[mask_T], alone_TD)
     assert (routing.indices_TK[~mask_T] == routing.num_experts).all()
 
@@ -56,7 +57,7 @@ def test_padding_leaves_real_tokens_alone(row, generator):
 @every_layer
 def test_every_parameter_gets_gradient(row, generator):
     layer = build(row)
-    layer(tokens(generator, T=64)).square().sum().backward()
+    recorded(layer, tokens(generator, T=64))[0].square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad.any(), name
         assert parameter.grad.isfinite().all(), name
@@ -65,11 +66,11 @@ def test_every_parameter_gets_gradient(row, generator):
 @every_layer
 def test_backends_agree(row, generator):
     layer, hidden_TD = build(row), tokens(generator)
-    expected_TD = layer(hidden_TD)
+    expected_TD, _ = recorded(layer, hidden_TD)
     for module in layer.modules():
         if isinstance(module, Experts):
             module.backend = naive_backend
-    torch.testing.assert_close(layer(hidden_TD), expected_TD, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recorded(layer, hidden_TD)[0], expected_TD, rtol=1e-4, atol=1e-5)
 
 
 @every_layer
@@ -78,4 +79,4 @@ def test_its_configuration_builds_an_equal_one(row, generator):
     other = Mixture.from_config(json.loads(json.dumps(layer.config))).eval()
     other.load_state_dict(layer.state_dict())
     assert other.config == layer.config
-    assert torch.equal(other(hidden_TD), layer(hidden_TD))
+    assert torch.equal(recorded(other, hidden_TD)[0], recorded(layer, hidden_TD)[0])

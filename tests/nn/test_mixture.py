@@ -48,6 +48,8 @@ def test_a_configuration_is_what_the_catalogue_calls_things():
             "scale": 1.0,
             "weight_on": "output",
             "bias": False,
+            "noise": "none",
+            "jitter": 0.01,
         },
         "experts": [
             {

@@ -177,7 +177,10 @@ def _mixture_lacks(target: Target, mixture: Mixture, activation: str) -> str:
     name = experts.method_config["activation"]
     if ACTIVATIONS[name] is not ACTIVATIONS.get(activation):
         return f"activation {name} beside {activation}"
-    if type(router.gate) is not LinearGate or router.gate.bias is not None:
+    if router.spec is None:
+        return "a router that does not choose by its logits alone"
+    # gates that differ from a linear one in training alone are subclasses of it
+    if not isinstance(router.gate, LinearGate) or router.gate.bias is not None:
         return "another gate than a linear one without bias"
     if router.selection_bias_E is not None:
         return "a selection bias"

@@ -40,7 +40,7 @@ def count_parameters(model: nn.Module) -> Counts:
     idle, inside = 0, set()
     for module in model.modules():
         if isinstance(module, Mixture):
-            idle += _idle(_sizes(module.experts), module.router.spec.k)  # type: ignore[union-attr, arg-type]
+            idle += _idle(_sizes(module.experts), module.router.slots)  # type: ignore[union-attr, arg-type]
             inside.update(id(part) for part in module.modules())
         elif id(module) not in inside and _is_native(module):
             idle += _idle(_sizes(module), _native_k(model))

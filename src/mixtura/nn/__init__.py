@@ -3,10 +3,11 @@
 from mixtura.nn.experts.feed_forward import Experts
 from mixtura.nn.experts.group import ExpertGroup
 from mixtura.nn.mixture import FeedForward, Mixture
-from mixtura.nn.routers.base import LinearGate, Router
+from mixtura.nn.routers.base import BaseRouter, LinearGate, Router
 from mixtura.nn.state import RouterState, Tape, current_state
 
 __all__ = [
+    "BaseRouter",
     "ExpertGroup",
     "Experts",
     "FeedForward",

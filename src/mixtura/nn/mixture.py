@@ -92,7 +92,7 @@ class Mixture(nn.Module):
 
     def _weigh(self, hidden_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
         weights_TK = routing.weights_TK.to(hidden_TD.dtype)
-        if self.router.spec.weight_on == "output":  # type: ignore[union-attr]
+        if self.router.weight_on == "output":
             return self.experts(hidden_TD, routing.indices_TK, weights_TK)  # type: ignore[no-any-return]
         (T, K), D = weights_TK.shape, hidden_TD.shape[-1]
         weighted_SD = (weights_TK[..., None] * hidden_TD[:, None]).reshape(T * K, D)
@@ -109,8 +109,8 @@ class Mixture(nn.Module):
         """
         forms = self.experts.forms if isinstance(self.experts, ExpertGroup) else [self.experts]
         return {
-            "router": _method_config(self.router),
-            "experts": [_method_config(form) for form in forms],
+            "router": method_config(self.router),
+            "experts": [method_config(form) for form in forms],
             "shared": None if self.shared is None else self.shared.config,
         }
 
@@ -130,7 +130,12 @@ class Mixture(nn.Module):
         return cls(registry.build(config["router"]), experts, _shared(config.get("shared")), layer=layer)
 
 
-def _method_config(module: nn.Module) -> dict[str, Any]:
+def method_config(module: nn.Module) -> dict[str, Any]:
+    """What ``registry.build`` builds an equal module from.
+
+    Raises:
+        OptionError: if the module is no registered method.
+    """
     config: dict[str, Any] | None = getattr(module, "method_config", None)
     if config is None:
         raise OptionError(f"{type(module).__name__} has no configuration: register the class with @method")

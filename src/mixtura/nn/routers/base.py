@@ -1,4 +1,4 @@
-"""What every router is: a gate that makes logits, and a ``SelectionSpec``.
+"""What every router is, and what most are: a gate that makes logits, and a ``SelectionSpec``.
 
 T tokens, D width, E experts, K slots a token.
 """
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixtura.core.routing import Routing, keep
-from mixtura.core.selection import SelectionSpec, select
+from mixtura.core.selection import SelectionSpec, WeightOn, select
 from mixtura.nn.state import current_state
 
 
@@ -44,24 +44,31 @@ class LinearGate(nn.Module):
             return F.linear(hidden_TD.to(wide), self.weight.to(wide), bias)
 
 
-class Router(nn.Module):
-    """A gate and a selection spec; seam 1 of the library.
+class BaseRouter(nn.Module):
+    """Seam 1 of the library: a module from hidden_TD to a ``Routing``.
 
     Args:
-        gate: module from hidden_TD to logits_TE.
-        spec: how logits become a routing.
         num_experts: E.
 
-    Raises:
-        OptionError: if the spec cannot choose among that many experts.
+    Attributes:
+        spec: how logits become a routing; None if they do so in another way, or there are none.
     """
 
-    def __init__(self, gate: nn.Module, spec: SelectionSpec, num_experts: int) -> None:
+    spec: SelectionSpec | None = None
+
+    def __init__(self, num_experts: int) -> None:
         super().__init__()
-        spec.check_experts(num_experts)
-        self.gate = gate
-        self.spec = spec
         self.num_experts = num_experts
+
+    @property
+    def slots(self) -> int:
+        """K, the most experts that one token can get."""
+        return self.num_experts
+
+    @property
+    def weight_on(self) -> WeightOn:
+        """Whether a weight multiplies its expert's output or input; read by the mixture."""
+        return "output"
 
     @property
     def selection_bias_E(self) -> torch.Tensor | None:
@@ -82,6 +89,53 @@ class Router(nn.Module):
         Raises:
             ShapeError: if the state's mask is of another number of tokens.
         """
-        routing = select(self.gate(hidden_TD), self.spec, self.selection_bias_E)
-        state = current_state()
-        return routing if state is None or state.mask_T is None else keep(routing, state.mask_T)
+        raise NotImplementedError
+
+
+class Router(BaseRouter):
+    """A gate and a selection spec.
+
+    Args:
+        gate: module from hidden_TD to logits_TE.
+        spec: how logits become a routing.
+        num_experts: E.
+
+    Raises:
+        OptionError: if the spec cannot choose among that many experts.
+    """
+
+    spec: SelectionSpec
+
+    def __init__(self, gate: nn.Module, spec: SelectionSpec, num_experts: int) -> None:
+        super().__init__(num_experts)
+        spec.check_experts(num_experts)
+        self.gate = gate
+        self.spec = spec
+
+    @property
+    def slots(self) -> int:
+        """K, slots of a token."""
+        return self.spec.k
+
+    @property
+    def weight_on(self) -> WeightOn:
+        """That of the spec."""
+        return self.spec.weight_on
+
+    def forward(self, hidden_TD: torch.Tensor) -> Routing:
+        """Route T tokens; padding, known from the current ``RouterState``, gets empty slots.
+
+        Raises:
+            ShapeError: if the state's mask is of another number of tokens.
+        """
+        return without_padding(select(self.gate(hidden_TD), self.spec, self.selection_bias_E))
+
+
+def without_padding(routing: Routing) -> Routing:
+    """The routing with the slots of padding emptied, which is known from the current ``RouterState``.
+
+    Raises:
+        ShapeError: if the state's mask is of another number of tokens.
+    """
+    state = current_state()
+    return routing if state is None or state.mask_T is None else keep(routing, state.mask_T)
