@@ -83,6 +83,16 @@ def buffer_roles(model: nn.Module) -> list[TensorRole]:
     return [marks.role(name, buffer) for name, buffer in model.named_buffers() if name in saved]
 
 
+def coded_buffers(model: nn.Module) -> list[TensorRole]:
+    """Buffers that stand for weights: quantizers keep their codes in matrices of whole numbers."""
+    return [role for role in buffer_roles(model) if is_code(role.tensor) and role.tensor.ndim > 1]
+
+
+def is_code(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds codes of a quantizer, or other whole numbers, instead of weights."""
+    return not tensor.is_floating_point() and not tensor.is_complex()
+
+
 class _Marks:
     """Modules whose place says what their parameters are for."""
 
