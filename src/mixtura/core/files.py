@@ -55,8 +55,10 @@ def write_file(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise OptionError(f"a file cannot be written to {str(path)!r}: something else is there")
     with _beside(path) as partial, os_errors():
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
-        _finish(partial)
+        _finish(partial, mode)
         os.replace(partial, path)
 
 
@@ -80,7 +82,7 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         for path in sorted(partial.rglob("*")):
             if path.is_file() and not path.is_symlink():
-                _finish(path)
+                _finish(path, partial.stat().st_mode)
         _put(partial, out, overwrite=overwrite)
 
 
@@ -213,9 +215,9 @@ def _try_to_write(out: Path) -> None:
     os.rmdir(tempfile.mkdtemp(prefix=PARTIAL, dir=place))
 
 
-def _finish(path: Path) -> None:
-    """Put a file on disk, readable for whom the user wants; safetensors makes it readable for its owner alone."""
-    path.chmod(path.stat().st_mode | (0o666 & ~_umask()))
+def _finish(path: Path, mode: int) -> None:
+    """Put a file on disk, readable for whom ``mode`` says; safetensors makes it readable for its owner alone."""
+    path.chmod(path.stat().st_mode | (mode & 0o666))
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -246,9 +248,3 @@ def _exchange(one: Path, other: Path) -> bool:
     rename = None if fcntl is None else getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
