@@ -10,7 +10,7 @@ from mixtura.core import MixturaWarning, NotExpressibleError, OptionError
 from mixtura.hf import convert, record
 from mixtura.nn import Experts, Mixture
 from mixtura.nn.routers.topk_softmax import TopKRouter
-from mixtura.traces.capture import capture, native_experts
+from mixtura.traces.capture import capture
 from mixtura.traces.trace import DECODE, PREFILL
 from pico import pico, tokens
 
@@ -148,7 +148,6 @@ def test_ours_equal_the_tape():
 
 def test_ours_and_native_layers_side_by_side():
     model = ours("olmoe", layers=(1,))
-    assert list(native_experts(model)) == ["0", "2"]
     with capture(model) as trace:
         model(tokens())
     assert trace.layers == ["0", "1", "2"]
@@ -185,7 +184,7 @@ def test_under_peft_with_positional_arguments():
         assert np.array_equal(column, trace.columns[name]), name
 
 
-def test_hooks_are_gone_and_decisions_kept_when_the_block_fails():
+def test_decisions_are_kept_when_the_block_fails():
     model = native("mixtral")
     with contextlib.suppress(ZeroDivisionError), capture(model) as trace:
         model(tokens())
@@ -194,14 +193,12 @@ def test_hooks_are_gone_and_decisions_kept_when_the_block_fails():
     assert filled == 3 * 18 * 2
     model(tokens())
     assert len(trace) == filled
-    assert not model.model._forward_pre_hooks
-    assert not model.model.layers[0].mlp.experts._forward_pre_hooks
 
 
 def test_what_cannot_be_seen_is_said():
     with pytest.raises(NotExpressibleError, match="no mixture"), capture(pico("llama")):
         pass
-    with pytest.warns(MixturaWarning, match="no decision"), capture(native("mixtral")):
+    with pytest.warns(MixturaWarning, match="no forward call"), capture(native("mixtral")):
         pass
     with pytest.raises(OptionError, match="each of the 2 rows, got 3"), capture(model := ours(), domain=["a"] * 3):
         model(tokens())

@@ -25,6 +25,7 @@ def made(
     columns["expert"] = np.tile(experts_TK.reshape(-1), len(layers)).astype(np.int32)
     columns["weight"] = np.tile(weights_TK.reshape(-1), len(layers)).astype(np.float32)
     meta = {"layers": list(layers), "experts": [E] * len(layers), "domains": list(domains), "model": "made"}
+    meta["parents"] = {}
     return Trace(**columns, meta=meta)
 
 

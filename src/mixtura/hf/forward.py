@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,6 +51,9 @@ def attach_state(model: nn.Module) -> None:
         return
     inner.register_forward_pre_hook(_open_state, with_kwargs=True)
     inner.register_forward_hook(_close_state, always_call=True)
+    if "torch._dynamo" in sys.modules:
+        # what was compiled before, for this model or another one of its class, would go on without the hooks
+        torch.compiler.reset()
 
 
 def with_state(checkpoint: Any) -> Any:
@@ -137,7 +141,22 @@ def padding_mask(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
 def past_length(kwargs: Mapping[str, Any]) -> int:
     """Positions that the cache of a decoder's call holds already."""
     cache = kwargs.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # layers of linear attention alone, which count no positions
+        return _past_by_mask(kwargs)
+
+
+def _past_by_mask(kwargs: Mapping[str, Any]) -> int:
+    """What the mask, or else the positions, of a call say about those before it."""
+    mask, position = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and tokens is not None and mask.shape[1] > tokens.shape[1]:
+        return int(mask.shape[1] - tokens.shape[1])
+    return int(position[..., 0].max()) if isinstance(position, torch.Tensor) else 0
 
 
 @torch.compiler.disable(reason="a state belongs to one forward call; compile without fullgraph=True")

@@ -1,9 +1,9 @@
 """``capture``: every decision that a model takes inside of a ``with``, in training and in generation.
 
-Layers of the family mixtura are read from their tape. Native mixtures of transformers are seen at the experts seam, by
-hooks on the modules that transformers decorates. What activation checkpointing runs again is not recorded again.
+Decisions are read from the tape of each forward call, of our mixtures and native ones alike: under PEFT, DDP, activation
+checkpointing (what is run again is not recorded again) and torch.compile, whether compiled before or after.
 
-B rows of a call, Q positions of it, T = B Q tokens row by row, K slots a token.
+B rows of a call, Q positions of it, T = B Q tokens row by row, K slots a token, E experts.
 """
 
 from __future__ import annotations
@@ -12,195 +12,149 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError, ShapeError
-from mixtura.hf.forward import padding_mask, past_length, record
-from mixtura.hf.modeling import mixtures
-from mixtura.hf.sites import decoder, decoder_layers
+from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError
+from mixtura.core.routing import Routing
+from mixtura.hf.caches import watch_caches
+from mixtura.hf.forward import Listener, listen
+from mixtura.hf.selection import layer_selections
+from mixtura.hf.sites import decoder
 from mixtura.nn.state import RouterState
-from mixtura.traces.trace import COLUMNS, DECODE, PREFILL, Trace
+from mixtura.traces.sequences import Sequences, Tokens
+from mixtura.traces.trace import COLUMNS, Trace
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @contextlib.contextmanager
-def capture(model: nn.Module, domain: str | Sequence[str] | None = None) -> Iterator[Trace]:
+def capture(model: nn.Module, domain: str | Sequence[str] | None = None, *, logits: bool = False) -> Iterator[Trace]:
     """Trace of the decisions of ``model``; it is empty inside of the ``with`` and filled when the block ends.
 
-    Rows that generation has ended early stay in the batch and are routed on; they count as padding. Beams and drafts of
-    assisted decoding are recorded as the rows and calls that the model sees: which beam survives and which draft is
-    rejected is not traced back.
+    Rows that generation has ended early stay in the batch and are routed on; they count as padding. Beams continue the
+    sequence of the beam whose cache they took, drafts of assisted decoding that were rejected have a phase of their
+    own. Without a cache each call begins new sequences. A last chunk of a prompt that has one token looks like decoding.
 
     Args:
-        model: of the family mixtura, or any model of transformers with decorated experts; also under PEFT.
+        model: with mixtures or routers of ours, or any of transformers with decorated experts.
         domain: where the text comes from: one name, or one for each row of a batch (beams of a row share it).
+        logits: whether to keep the routers' logits too.
 
     Raises:
         NotExpressibleError: if the model has no mixture that could be seen.
-        OptionError: if ``domain`` does not fit the number of rows.
+        OptionError: if ``domain`` does not fit the number of rows, or the model checkpoints activations reentrantly.
 
     Example:
         >>> with capture(model, domain="man-de") as trace:
         ...     model.generate(**batch)
         >>> trace.save("trace.safetensors")
     """
-    own, native = mixtures(model), native_experts(model)
-    if not own and not native:
-        raise NotExpressibleError(f"{type(model).__name__} has no mixture that capture could see")
-    sizes = {name: m.router.num_experts for name, m in own.items()} | {n: len(m.down_proj) for n, m in native.items()}
-    names = sorted(sizes, key=lambda name: (int(name.split(".")[0]), name))
+    selections = layer_selections(model)
+    if not selections:
+        raise NotExpressibleError(_why_unseen(model))
     trace = Trace.empty(
-        layers=names, experts=[int(sizes[n]) for n in names], domains=_domain_names(domain), model=_name(model)
+        layers=list(selections),
+        experts=[selection.num_experts for selection in selections.values()],
+        domains=_domain_names(domain),
+        model=_name(model),
     )
-    with contextlib.ExitStack() as stack:
-        states = stack.enter_context(record(model)) if own else []
-        recorder = _Recorder(trace, domain, states, _ends(model))
-        for handle in recorder.attach(decoder(model), native):
-            stack.callback(handle.remove)
-        try:
+    recorder = _Recorder(trace, domain, Sequences(*_ends(model)), logits)
+    try:
+        with listen(model, recorder), watch_caches(recorder.sequences):
             yield trace
-        finally:
-            recorder.fill()
+    finally:
+        recorder.fill()
     if not len(trace):
-        warnings.warn(
-            "capture saw no decision: no forward call was made, or the model was compiled before (hooks that are added "
-            "after torch.compile never run)",
-            MixturaWarning,
-            stacklevel=3,
-        )
+        what = "no forward call was made" if not recorder.calls else "the calls reached none of its mixtures"
+        warnings.warn(f"capture saw no decision: {what}", MixturaWarning, stacklevel=3)
 
 
-def native_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Experts that transformers decorates, by the number of their decoder layer; a second one has its path behind."""
-    ours = {id(part) for mixture in mixtures(model).values() for part in mixture.modules()}
-    found: dict[str, nn.Module] = {}
-    for number, layer in enumerate(decoder_layers(model)):
-        for path, module in layer.named_modules():
-            if id(module) not in ours and _is_experts(module):
-                found[str(number) if str(number) not in found else f"{number}.{path}"] = module
-    return found
+class _Decision(NamedTuple):
+    """What one layer decided in one call; logits are empty unless asked for."""
 
-
-def _is_experts(module: nn.Module) -> bool:
-    down = module._parameters.get("down_proj")
-    return "has_gate" in vars(module) and down is not None and down.ndim == 3
+    layer: int
+    indices_TK: np.ndarray
+    weights_TK: np.ndarray
+    logits_TE: np.ndarray
 
 
 @dataclasses.dataclass
 class _Call:
-    """One forward call: columns of its tokens, (T,) each, and what each layer decided."""
+    """One forward call."""
 
-    tokens: dict[str, np.ndarray]
-    decisions: list[tuple[int, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    number: int
+    tokens: Tokens
+    domain_B: np.ndarray
+    decisions: list[_Decision] = dataclasses.field(default_factory=list)
 
-    def rows(self) -> Iterator[dict[str, np.ndarray]]:
+    def columns(self) -> Iterator[dict[str, np.ndarray]]:
         """Columns of each layer, (T K,) each."""
-        for layer, indices_TK, weights_TK in sorted(self.decisions, key=lambda decision: decision[0]):
+        B, Q = self.tokens.token_BQ.shape
+        by_row = {"row": np.arange(B), "sequence": self.tokens.sequence_B, "domain": self.domain_B}
+        by_token = {
+            "call": np.full(B * Q, self.number),
+            "token": self.tokens.token_BQ.reshape(-1),
+            "valid": self.tokens.valid_BQ.reshape(-1),
+            "position": self.tokens.position_BQ.reshape(-1),
+            "phase": self.tokens.phase_BQ.reshape(-1),
+            **{name: np.repeat(column, Q) for name, column in by_row.items()},
+        }
+        for layer, indices_TK, weights_TK, _ in self.decisions:
             T, K = indices_TK.shape
-            columns = {name: np.repeat(column, K) for name, column in self.tokens.items()}
+            columns = {name: np.repeat(column, K) for name, column in by_token.items()}
             slots = {"layer": np.full(T * K, layer), "slot": np.tile(np.arange(K), T)}
             yield {**columns, **slots, "expert": indices_TK.reshape(-1), "weight": weights_TK.reshape(-1)}
 
 
-class _Recorder:
-    """Hooks of one capture, and what it remembers of the sequences between calls."""
+class _Recorder(Listener):
+    """What one capture has seen."""
 
-    def __init__(
-        self, trace: Trace, domain: str | Sequence[str] | None, states: list[RouterState], ends: tuple[set[int], int]
-    ) -> None:
-        self.trace, self.domain, self.states = trace, domain, states
-        self.eos, self.pad = ends
+    def __init__(self, trace: Trace, domain: str | Sequence[str] | None, sequences: Sequences, logits: bool) -> None:
+        self.trace, self.domain, self.sequences, self.logits = trace, domain, sequences, logits
         self.number = {name: i for i, name in enumerate(trace.layers)}
         self.calls: list[_Call] = []
-        self.open_call: _Call | None = None
-        self.sequences = 0
-        self.sequence_B = self.padded_B = np.zeros(0, np.int64)
-        self.ended_B = np.zeros(0, bool)
+        self._open: dict[int, _Call] = {}
 
-    def attach(self, inner: nn.Module, native: Mapping[str, nn.Module]) -> Iterator[Any]:
-        """Add all hooks; gives their handles."""
-        yield inner.register_forward_pre_hook(self.open, with_kwargs=True)
-        yield inner.register_forward_hook(self.close, always_call=True)
-        for name, module in native.items():
-            hook = lambda _, args, kwargs, name=name: self.decide(name, *_choice(args, kwargs))
-            yield module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def opened(self, state: RouterState, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward call of the decoder begins."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        B, Q = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
-        token_BQ = np.full((B, Q), -1) if ids is None else _numpy(ids)
-        mask_T = padding_mask(args, kwargs)
-        valid_BQ = np.ones((B, Q), bool) if mask_T is None else _numpy(mask_T).reshape(B, Q)
-        past = past_length(kwargs)
-        if past == 0 or len(self.sequence_B) != B:
-            self._begin(B)
-        seen_B = self._seen(past, Q, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
-        self.padded_B = self.padded_B + (~valid_BQ).sum(1)
-        decode = past > 0 and Q == 1
-        if decode:
-            valid_BQ = self._without_ended(token_BQ, valid_BQ)
-        position_BQ = np.where(valid_BQ, seen_B[:, None] + valid_BQ.cumsum(1) - 1, -1)
-        self.open_call = _Call(self._token_columns(token_BQ, valid_BQ, position_BQ, DECODE if decode else PREFILL))
-        self.calls.append(self.open_call)
+        tokens = self.sequences.open(args, kwargs)
+        call = _Call(len(self.calls), tokens, self._domain_of_rows(len(tokens.token_BQ)))
+        self.calls.append(call)
+        self._open[id(state)] = call
 
-    def decide(self, layer: str, indices_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        """A layer has decided; outside of a forward call it is a recomputation, and ignored."""
-        if self.open_call is None:
+    def closed(self, state: RouterState) -> None:
+        """It has ended: read its tape."""
+        call = self._open.pop(id(state), None)
+        if call is None:
             return
-        T, K = len(self.open_call.tokens["token"]), indices_TK.shape[-1]
-        if indices_TK.numel() != T * K or weights_TK.shape != indices_TK.shape:
-            raise ShapeError(f"layer {layer}: {T} tokens, but decisions of shape {tuple(indices_TK.shape)}")
-        indices, weights = _numpy(indices_TK).reshape(T, K), _numpy(weights_TK.float()).reshape(T, K)
-        self.open_call.decisions.append((self.number[layer], indices, weights))
-
-    def close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The forward call has ended: read its tape, and let the tape go."""
-        for state in self.states:
-            for name, routing in state.tape.records:
-                self.decide(name, routing.indices_TK, routing.weights_TK)
-        self.states.clear()
-        self.open_call = None
+        decisions = [self._decision(record.layer, record.routing) for record in state.tape.records]
+        call.decisions = sorted(decisions, key=lambda decision: decision.layer)
 
     def fill(self) -> None:
         """Give the trace its columns."""
-        parts = [rows for call in self.calls for rows in call.rows()]
+        parts = [columns for call in self.calls for columns in call.columns()]
         for name, dtype in COLUMNS.items():
             column = np.concatenate([part[name] for part in parts]) if parts else np.zeros(0)
             setattr(self.trace, name, column.astype(dtype))
+        if self.logits:
+            self.trace.logits = {name: self._logits_of(i) for i, name in enumerate(self.trace.layers)}
+        used = set(np.unique(self.trace.sequence).tolist())
+        parents = {str(s): list(parent) for s, parent in self.sequences.parents.items() if s in used}
+        self.trace.meta["parents"] = parents
 
-    def _begin(self, rows: int) -> None:
-        self.sequence_B = self.sequences + np.arange(rows)
-        self.sequences += rows
-        self.padded_B, self.ended_B = np.zeros(rows, np.int64), np.zeros(rows, bool)
+    def _decision(self, layer: str, routing: Routing) -> _Decision:
+        indices_TK, weights_TK = _numpy(routing.indices_TK), _numpy(routing.weights_TK.float())
+        logits_TE = _numpy(routing.logits_TE.float()) if self.logits else np.zeros((0, routing.num_experts))
+        return _Decision(self.number[layer], indices_TK, weights_TK, logits_TE)
 
-    def _seen(self, past: int, Q: int, mask: Any) -> np.ndarray:
-        """How many real tokens of each row came before this call."""
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > Q:
-            return np.broadcast_to(_numpy(mask[:, :-Q].bool().sum(1)), self.padded_B.shape)
-        return past - self.padded_B
-
-    def _without_ended(self, token_B1: np.ndarray, valid_B1: np.ndarray) -> np.ndarray:
-        """Filler tokens behind the end of a sequence are no tokens, though generation masks them as real."""
-        filler_B1 = self.ended_B[:, None] & (token_B1 == self.pad)
-        self.ended_B = self.ended_B | np.isin(token_B1[:, 0], list(self.eos))
-        return valid_B1 & ~filler_B1
-
-    def _token_columns(
-        self, token_BQ: np.ndarray, valid_BQ: np.ndarray, position_BQ: np.ndarray, phase: int
-    ) -> dict[str, np.ndarray]:
-        B, Q = token_BQ.shape
-        by_row = {"row": np.arange(B), "sequence": self.sequence_B, "domain": self._domain_of_rows(B)}
-        by_token = {"token": token_BQ, "valid": valid_BQ, "position": position_BQ}
-        return {
-            "call": np.full(B * Q, len(self.calls)),
-            "phase": np.full(B * Q, phase),
-            **{name: np.repeat(column, Q) for name, column in by_row.items()},
-            **{name: column.reshape(-1) for name, column in by_token.items()},
-        }
+    def _logits_of(self, layer: int) -> np.ndarray:
+        E = self.trace.meta["experts"][layer]
+        parts = [d.logits_TE for call in self.calls for d in call.decisions if d.layer == layer]
+        return np.concatenate([np.zeros((0, E), np.float32), *parts]).astype(np.float32)
 
     def _domain_of_rows(self, rows: int) -> np.ndarray:
         if self.domain is None or isinstance(self.domain, str):
@@ -211,10 +165,14 @@ class _Recorder:
         return np.repeat(np.asarray(index), rows // len(index))
 
 
-def _choice(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and weights of a call at the experts seam, (hidden, indices, weights) in all families."""
-    _, indices_TK, weights_TK = (*args, *kwargs.values())[:3]
-    return indices_TK, weights_TK
+def _why_unseen(model: nn.Module) -> str:
+    config = decoder(model).config
+    if not any((getattr(config, name, 0) or 0) > 1 for name in EXPERT_COUNTS):
+        return f"{type(model).__name__} has no mixture that capture could see"
+    return (
+        f"{type(model).__name__} has no mixture that capture could see: {config.model_type} computes its experts in a "
+        "way of its own, not in modules that transformers decorates"
+    )
 
 
 def _domain_names(domain: str | Sequence[str] | None) -> list[str]:
@@ -232,7 +190,8 @@ def _ends(model: nn.Module) -> tuple[set[int], int]:
 
 
 def _name(model: nn.Module) -> str:
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    config = decoder(model).config
+    return str(getattr(config, "_name_or_path", "") or type(model).__name__)
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -41,8 +41,8 @@ def passage_of(trace: Trace, sequence: int, length: int = LENGTH) -> Passage:
     Raises:
         OptionError: if the trace has no token of that sequence.
     """
-    rows = trace.counted()
-    rows = rows.select((rows.sequence == sequence) & (rows.token >= 0))
+    rows = trace.path(sequence) if sequence in trace.sequence else trace.select(np.zeros(0, np.int64))
+    rows = rows.select(rows.token >= 0)
     if not len(rows):
         known = sorted(set(trace.sequence.tolist()))
         raise OptionError(f"passage must be a sequence of the trace, one of {_short(known)}, got {sequence}")
