@@ -7,12 +7,16 @@ import warnings
 
 import pytest
 import torch
+from torch.nn import functional as Fn
+from torch.utils.checkpoint import checkpoint
 
+from mixtura.core import routing as r
 from mixtura.core.errors import MixturaWarning, OptionError
 from mixtura.core.selection import SelectionSpec, select
 from mixtura.nn import Experts, FeedForward, Mixture
 from mixtura.nn.experts.feed_forward import view_expert
 from mixtura.nn.routers.topk_softmax import TopKRouter
+from mixtura.nn.state import checkpoint_context
 
 T, D, E, F = 20, 8, 4, 6
 
@@ -134,3 +138,100 @@ def test_a_weight_on_the_input_equals_the_native_llama_4(generator):
 def test_k_beyond_the_experts_is_refused():
     with pytest.raises(OptionError, match="k must be at most the number of experts 4, got 5"):
         TopKRouter(D, E, 5)
+
+
+def test_equals_the_router_of_mixtral(generator):
+    from transformers import CONFIG_MAPPING
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    native = MixtralTopKRouter(CONFIG_MAPPING["mixtral"](hidden_size=D, num_local_experts=E, num_experts_per_tok=2))
+    router = TopKRouter(D, E, 2)
+    with torch.no_grad():
+        native.weight.copy_(router.gate.weight)
+        hidden_TD = torch.randn(T, D, generator=generator)
+        logits_TE, weights_TK, indices_TK = native(hidden_TD)
+        routing = router(hidden_TD)
+    assert torch.equal(routing.logits_TE, logits_TE)
+    assert torch.equal(routing.weights_TK, weights_TK)
+    assert torch.equal(routing.indices_TK, indices_TK)
+
+
+def noisy(noise, **options):
+    torch.manual_seed(0)
+    made = TopKRouter(D, E, 2, noise=noise, **options)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return made
+
+
+def test_learned_noise_is_that_of_shazeer(generator):
+    """H = x W + n softplus(x N), the best k of H kept, softmax of those; written out with the same random numbers."""
+    router, hidden_TD = noisy("learned", order="topk-score", renormalize=None), torch.randn(T, D, generator=generator)
+    torch.manual_seed(1)
+    routing = router(hidden_TD)
+    torch.manual_seed(1)
+    deviation_TE = Fn.softplus(hidden_TD @ router.gate.deviation.weight.T)
+    noisy_TE = hidden_TD @ router.gate.weight.T + torch.randn(T, E) * deviation_TE
+    lowest_T1 = noisy_TE.topk(2).values[:, -1:]
+    torch.testing.assert_close(
+        r.dense(routing), noisy_TE.masked_fill(noisy_TE < lowest_T1, -torch.inf).softmax(-1), rtol=1e-5, atol=1e-6
+    )
+    routing.weights_TK[:, 0].sum().backward()
+    assert router.gate.weight.grad.any()
+    assert router.gate.deviation.weight.grad.any()
+
+
+def test_learned_noise_starts_at_zero_and_so_uses_all_experts(generator):
+    router, hidden_TD = TopKRouter(D, E, 2, noise="learned"), torch.randn(400, D, generator=generator)
+    assert not any(parameter.any() for parameter in router.parameters())
+    torch.manual_seed(1)
+    assert r.violation(r.load(router(hidden_TD))) < 0.2
+    assert r.load(router.eval()(hidden_TD)).tolist() == [0.5, 0.5, 0.0, 0.0]
+
+
+def test_jitter_multiplies_the_token_by_numbers_near_1(generator):
+    router, hidden_TD = noisy("jitter", jitter=0.25), torch.randn(T, D, generator=generator)
+    torch.manual_seed(1)
+    logits_TE = router(hidden_TD).logits_TE
+    torch.manual_seed(1)
+    factors_TD = torch.empty(T, D).uniform_(0.75, 1.25)
+    torch.testing.assert_close(logits_TE, (hidden_TD * factors_TD) @ router.gate.weight.T)
+    low = router(hidden_TD.bfloat16()).logits_TE
+    assert low.dtype == torch.float32
+
+
+@pytest.mark.parametrize("noise", ["learned", "jitter"])
+def test_noise_is_for_training_alone(noise, generator):
+    router, hidden_TD = noisy(noise), torch.randn(T, D, generator=generator)
+    assert not torch.equal(router(hidden_TD).logits_TE, router(hidden_TD).logits_TE)
+    plain = TopKRouter(D, E, 2)
+    plain.gate.weight = router.gate.weight
+    assert all(torch.equal(a, b) for a, b in zip(router.eval()(hidden_TD), plain(hidden_TD), strict=True))
+
+
+def gradients(noise, checkpointed, hidden_TD, **options):
+    torch.manual_seed(0)
+    layer = Mixture(noisy(noise), Experts(E, D, F))
+    torch.manual_seed(1)
+    if checkpointed:
+        out_TD = checkpoint(layer, hidden_TD, use_reentrant=False, context_fn=checkpoint_context, **options)
+    else:
+        out_TD = layer(hidden_TD)
+    torch.manual_seed(2)
+    out_TD.square().sum().backward()
+    return [parameter.grad for parameter in layer.router.parameters()]
+
+
+@pytest.mark.parametrize("noise", ["learned", "jitter"])
+def test_noise_is_the_same_in_recomputation(noise, generator):
+    hidden_TD = torch.randn(T, D, generator=generator)
+    plain = gradients(noise, False, hidden_TD)
+    again = gradients(noise, True, hidden_TD)
+    assert all(a.any() and torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_noise_is_refused():
+    with pytest.raises(OptionError, match="noise must be one of 'none', 'learned', 'jitter', got 'gumbel'"):
+        TopKRouter(D, E, noise="gumbel")
+    with pytest.raises(OptionError, match=r"jitter must lie in 0 .. 1, got 1"):
+        TopKRouter(D, E, noise="jitter", jitter=1)
