@@ -64,7 +64,7 @@ class Places:
         train = {"steps": 2, "batch_size": 2, "parameters": "all", "save_every": 1}
         data = {"domains": [f"{name}={folder / name}" for name in DOMAINS], "sequence_length": 16}
         recipe = {"model": str(places.dense), "data": data, "train": train}
-        places.recipe.write_text(json.dumps(recipe), encoding="utf-8")
+        places.recipe.write_text(json.dumps(recipe, ensure_ascii=False), encoding="utf-8")
         places.results.mkdir()
         return places
 

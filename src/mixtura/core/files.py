@@ -48,10 +48,10 @@ def write_file(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` when the block ends well and is removed otherwise.
 
     Raises:
-        OptionError: if ``path`` is a folder or a device.
+        OptionError: if ``path`` is a folder or a device, or not in UTF-8.
         OSError: if it cannot be written; also where safetensors raises an error of its own.
     """
-    path = Path(os.path.realpath(path))
+    path = _real(path)
     if path.exists() and not path.is_file():
         raise OptionError(f"a file cannot be written to {str(path)!r}: something else is there")
     with _beside(path) as partial, os_errors():
@@ -74,7 +74,7 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OptionError: if ``out`` is a file, or a non-empty folder and overwrite is False, at the beginning or at the end.
         OSError: if it cannot be written; also where safetensors raises an error of its own.
     """
-    out = Path(os.path.realpath(out))
+    out = _real(out)
     if not overwrite or out.is_file():
         check_new_folder(out)
     with _beside(out) as partial, os_errors():
@@ -90,19 +90,19 @@ def check_new_folder(out: Path) -> None:
     """Raise ``OptionError`` unless ``out`` is a new or empty folder that can be written; for long work, before it
     begins.
     """
-    out = Path(os.path.realpath(out))
+    out = _real(out)
     try:
         taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
         if not taken:
             _try_to_write(out)
     except OSError as error:
         raise OptionError(f"out cannot be written, {error.strerror}: {str(out)!r}") from error
+    if taken:
+        raise OptionError(f"out must be a new or empty folder, but {str(out)!r} exists")
     if os.path.ismount(out):
         raise OptionError(
             f"out must be a folder that can be renamed, but a disk is mounted at {str(out)!r}; write below it"
         )
-    if taken:
-        raise OptionError(f"out must be a new or empty folder, but {str(out)!r} exists")
 
 
 @contextlib.contextmanager
@@ -141,6 +141,16 @@ def os_errors() -> Iterator[None]:
         if told is None or isinstance(error, OSError):
             raise
         raise OSError(int(told[1]), os.strerror(int(told[1]))) from error
+
+
+def _real(path: Path) -> Path:
+    """The place itself, where ``path`` may be a link to it; tokenizers and safetensors take no path but in UTF-8."""
+    real = Path(os.path.realpath(path))
+    try:
+        str(real).encode()
+    except UnicodeEncodeError:
+        raise OptionError(f"a path to write to must be in UTF-8, got {os.fsencode(path)!r}") from None
+    return real
 
 
 @contextlib.contextmanager
@@ -206,9 +216,9 @@ def _lock(descriptor: int) -> bool:
 
 def _try_to_write(out: Path) -> None:
     """Raise what would be raised when ``out`` is written in the end."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        os.lstat(out)
-        os.lstat(out.parent / f"{PARTIAL}12345678" / out.name / ("x" * _LONGEST_NAME))
+    for path in (out, out.parent / f"{PARTIAL}12345678" / out.name / ("x" * _LONGEST_NAME)):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)
     place = out.parent
     while not place.exists():
         place = place.parent

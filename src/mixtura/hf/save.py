@@ -74,7 +74,7 @@ def _card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         _OWN if family == "mixtura" else _NATIVE.format(family=family),
-        f"# {name}",
+        f"# {' '.join(name.split())}",
         f"Made with mixtura {mixtura.__version__}" + (f" from {', '.join(parents)}." if parents else "."),
     ]
     if command:
