@@ -120,7 +120,7 @@ def test_the_folder_one_stands_in(tmp_path, monkeypatch):
 
 def test_a_mounted_disk_itself_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("out"))
-    with pytest.raises(OptionError, match="a disk is mounted at .*; write below it"):
+    with pytest.raises(OptionError, match="a disk is mounted at"):
         check_new_folder(tmp_path / "out")
     check_new_folder(tmp_path / "out" / "below")
 

@@ -42,12 +42,12 @@ def check_same_run(folder: Path, recipe: Recipe, model: nn.Module, sequences: An
 
 def _noted(path: Path) -> dict[str, Any]:
     try:
-        noted = {"version": VERSION, **json.loads(path.read_text(encoding="utf-8"))}
+        noted = {"format": VERSION, **json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:
         raise FileFormatError(f"{str(path)!r} does not say which run its checkpoints are of: {error}") from None
-    if not isinstance(noted["version"], int) or noted["version"] > VERSION:
+    if not isinstance(noted["format"], int) or noted["format"] > VERSION:
         raise FileFormatError(
-            f"the checkpoints in {str(path.parent)!r} have version {noted['version']!r}, known are up to {VERSION}; "
+            f"the checkpoints in {str(path.parent)!r} have version {noted['format']!r}, known are up to {VERSION}; "
             "upgrade mixtura"
         )
     return noted
@@ -63,7 +63,7 @@ def _identity(recipe: Recipe, model: nn.Module, sequences: Any) -> dict[str, Any
     for i in range(min(_SHOWN, len(sequences))):
         text.update(_bytes(sequences[i]["input_ids"]))
     return {
-        "version": VERSION,
+        "format": VERSION,
         **_flat(recipe.to_dict()),
         "frozen weights": frozen.hexdigest(),
         "text": text.hexdigest(),

@@ -24,6 +24,7 @@ import yaml
 from mixtura.core import registry
 from mixtura.core.errors import FileFormatError, OptionError, unknown_name
 
+VERSION = 1
 _LAYERS = re.compile(r"feed-forward:(\d+)(?:-(\d+))?")
 
 
@@ -164,6 +165,7 @@ class Recipe(_Section):
             is summed over the layers.
         balance_statistic: key of the load that a load-balancing term sees.
         seed: of everything that is drawn.
+        version: of the format of recipes.
     """
 
     model: str
@@ -173,6 +175,7 @@ class Recipe(_Section):
     balance: dict[str, Any] = dataclasses.field(default_factory=dict)
     balance_statistic: str = "previous-step-load"
     seed: int = _from_zero(0)
+    version: int = _positive(VERSION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,11 +184,24 @@ class Recipe(_Section):
         _of_role("statistic", self.balance_statistic)
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values, as YAML or JSON give them.
+
+        Raises:
+            FileFormatError: if it is of a newer version, whatever fields that has.
+            OptionError: naming the path of what is unknown, missing, of another type or out of range.
+        """
+        version = values.get("version", VERSION)
+        if isinstance(version, int) and version > VERSION:
+            raise FileFormatError(f"the recipe has version {version}, known are up to {VERSION}; upgrade mixtura")
+        return super().from_dict(values)
+
+    @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a YAML file.
 
         Raises:
-            FileFormatError: if there is no such file, or it is no YAML mapping.
+            FileFormatError: if there is no such file, or it is no YAML mapping, or of a newer version.
             OptionError: see ``from_dict``.
         """
         try:
