@@ -117,9 +117,11 @@ def test_the_loss_asks_null_experts_for_their_share_together():
 
 def test_the_loss_takes_the_load_of_a_statistic(generator):
     routing = select(torch.randn(30, E + m, generator=generator), SelectionSpec(k=3))
-    uniform_E = torch.full((E + m,), 1 / (E + m))
-    assert null_balance_loss(routing, load_E=uniform_E, null_experts=m).item() == pytest.approx(1)
-    assert (uniform_E == uniform_E[0]).all()
+    load_E = torch.full((E + m,), 1 / (E + m))
+    load_E[-m:] = torch.tensor([3.0, 0.0, 0.0]) / (E + m)
+    before_E = load_E.clone()
+    assert null_balance_loss(routing, load_E=load_E, null_experts=m).item() == pytest.approx(1)
+    assert torch.equal(load_E, before_E)
 
 
 def upcycled():

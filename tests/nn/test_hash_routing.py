@@ -89,6 +89,16 @@ def test_a_balanced_table_is_off_by_the_largest_frequency_at_most(frequencies, n
     assert abs(load_E - load_E.mean()).max() <= max(frequencies)
 
 
+def test_a_balanced_table_by_loops():
+    frequencies = [3.0, 9.0, 1.0, 1.0, 5.0, 8.0, 2.0]
+    loads, expert_V = [0.0, 0.0, 0.0], [0] * 7
+    for token in (1, 5, 4, 0, 6, 2, 3):
+        expert_V[token] = loads.index(min(loads))
+        loads[expert_V[token]] += frequencies[token]
+    assert balanced_table(frequencies, 3) == expert_V
+    assert sorted(loads) == [9, 10, 10]
+
+
 def test_tokens_that_never_occur_are_shared_out_too():
     assert np.bincount(balanced_table([0.0] * 12, 4)).tolist() == [3, 3, 3, 3]
 

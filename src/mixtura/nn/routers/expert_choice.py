@@ -1,7 +1,7 @@
 """Expert choice: each expert takes its best tokens, so that all experts have equally much to do.
 
     S = softmax(x W^T) over the experts (T, E);  expert e takes the C tokens of a group with the largest S_te
-    C = round(c n / E), at least 1 and at most n, of the n real tokens of the group
+    C = round(c n / E), at least 1, of the n real tokens of the group; all n if there are no more
     y_t = sum over the experts that took t  S_te f_e(x_t)
 
 Weights are the raw probabilities. A token is taken by 0 .. E experts, so the routing has K = E slots, slot e being
@@ -77,7 +77,7 @@ class ExpertChoiceRouter(BaseRouter):
         B = self._groups(len(real_TE))
         real_BQE = real_TE.view(B, -1, self.num_experts) if len(real_TE) else real_TE[None]
         n_B11 = real_BQE[..., :1].sum(1, keepdim=True)
-        C_B11 = (n_B11 * (self.capacity_factor / self.num_experts) + 0.5).floor().clamp(min=1).minimum(n_B11)
+        C_B11 = (n_B11 * (self.capacity_factor / self.num_experts) + 0.5).floor().clamp(min=1)
         # below every probability, those that underflowed included
         scores_BQE = offered.weights_TK.view_as(real_BQE).masked_fill(~real_BQE, -1.0)
         order_BQE = scores_BQE.argsort(dim=1, descending=True, stable=True)
