@@ -39,7 +39,8 @@ def softmax(x: Array) -> Array:
         return x.softmax(-1)
     import numpy as np
 
-    shifted = np.exp(x - x.max(-1, keepdims=True))
+    with np.errstate(over="ignore"):  # what lies too far below the largest has a share of 0
+        shifted = np.exp(x - x.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
 
 
