@@ -9,8 +9,12 @@ import torch
 from mixtura.core import routing as r
 from mixtura.core.errors import OptionError, ShapeError
 from mixtura.core.selection import select
+from mixtura.hf import convert, record
+from mixtura.hf.balance import Balancer
+from mixtura.nn import Experts, Mixture
 from mixtura.nn.routers.aux_loss_free_bias import AuxLossFreeRouter, update_bias
 from mixtura.nn.routers.topk_softmax import TopKRouter
+from pico import pico, tokens
 
 D, E = 8, 16
 
@@ -151,6 +155,30 @@ def test_equals_the_router_of_deepseek_v3(generator):
     theirs_TE = torch.zeros(50, E).scatter(1, indices_TK, weights_TK)
     assert torch.equal(r.dense(routing) > 0, theirs_TE > 0)
     torch.testing.assert_close(r.dense(routing), theirs_TE, rtol=1e-6, atol=0)
+
+
+def test_in_training_it_moves_once_a_step_by_all_that_was_routed():
+    """Two micro-batches with padding under activation checkpointing: what is computed again is not counted again."""
+    torch.manual_seed(0)
+    made = AuxLossFreeRouter(32, 4, 2, rate=0.25, recenter=False)
+    model = convert(pico("llama"), {1: Mixture(made, Experts(4, 32, 8))}).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    masks = [torch.ones(2, 9, dtype=torch.int64), (torch.arange(9) < 5).long().expand(2, 9)]
+    balancer = Balancer(model, {})
+    balancer.begin_step(tokens=sum(mask.sum() for mask in masks))
+    counts_E = torch.zeros(4, dtype=torch.int64)
+    for seed, mask in enumerate(masks):
+        with record(model) as states:
+            out = model(tokens(seed=seed), attention_mask=mask, use_cache=False).logits
+        balancer.loss(states)
+        out.square().sum().backward()
+        counts_E += sum(r.counts(record.routing) for record in states[0].tape.records)
+        assert not made.selection_bias.any()
+    balancer.end_step()
+    assert counts_E.sum() == 2 * (18 + 10)
+    assert torch.equal(made.selection_bias, 0.25 * (14 - counts_E).sign())
+    model.eval()(tokens())
+    assert torch.equal(made.selection_bias, 0.25 * (14 - counts_E).sign())
 
 
 def test_refuses():

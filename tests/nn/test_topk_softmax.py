@@ -15,6 +15,9 @@ from mixtura.core.errors import MixturaWarning, OptionError
 from mixtura.core.selection import SelectionSpec, select
 from mixtura.nn import Experts, FeedForward, Mixture
 from mixtura.nn.experts.feed_forward import view_expert
+from mixtura.nn.routers.adamoe import AdaMoERouter
+from mixtura.nn.routers.aux_loss_free_bias import AuxLossFreeRouter
+from mixtura.nn.routers.gating_residual import GatingResidualRouter
 from mixtura.nn.routers.topk_softmax import TopKRouter
 from mixtura.nn.state import checkpoint_context
 
@@ -76,6 +79,22 @@ def test_a_renormalized_top_1_gate_gets_no_gradient_and_says_so(options, generat
     assert caught[0].filename == __file__
     alive = mixture(k=1, renormalize=None)
     assert gate_gradient(dead, hidden_TD) < 1e-4 * gate_gradient(alive, hidden_TD)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: AuxLossFreeRouter(D, E, 1),
+        lambda: AuxLossFreeRouter(D, E, 1, score="softmax"),
+        lambda: GatingResidualRouter(D, E, 1),
+        lambda: AdaMoERouter(D, E, 2, 1),
+    ],
+    ids=["sigmoid", "softmax", "residual", "null"],
+)
+def test_other_routers_say_so_too(build):
+    with pytest.warns(MixturaWarning, match="top-1 gate whose weight is renormalized is constant 1") as caught:
+        build()
+    assert caught[0].filename == __file__
 
 
 def test_one_expert_of_one_is_no_reason_to_warn():

@@ -169,9 +169,13 @@ def _import_folder(folder: str) -> list[types.ModuleType]:
     return [importlib.import_module(f"{folder}.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
 
 
+def _no_arguments(self: Any) -> None:
+    """``__init__`` of a class without one, whose own signature would be that of any."""
+
+
 def _remember_arguments(cls: Any, key: str) -> None:
     """Wrap ``cls.__init__`` so that the instance keeps its arguments in ``method_config``."""
-    original = cls.__init__
+    original = _no_arguments if cls.__init__ is object.__init__ else cls.__init__
     signature = inspect.signature(original)
 
     @functools.wraps(original)

@@ -31,7 +31,7 @@ from mixtura.core.selection import SelectionSpec
 from mixtura.nn.experts.forms import ZeroExperts
 from mixtura.nn.experts.group import ExpertGroup
 from mixtura.nn.mixture import Mixture
-from mixtura.nn.routers.base import LinearGate, Router
+from mixtura.nn.routers.base import LinearGate, Router, warn_of_a_constant_weight
 from mixtura.nn.routers.topk_softmax import TopKRouter
 
 
@@ -56,6 +56,7 @@ class AdaMoERouter(Router):
             )
         spec = SelectionSpec(k=k, renormalize=1.0, null_experts=null_experts)
         super().__init__(LinearGate(dim, num_experts + null_experts), spec, num_experts + null_experts)
+        warn_of_a_constant_weight(spec, self.num_experts)
 
 
 @torch.no_grad()

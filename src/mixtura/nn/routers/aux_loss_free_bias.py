@@ -28,7 +28,7 @@ import torch
 from mixtura.core.errors import OptionError, ShapeError
 from mixtura.core.registry import method
 from mixtura.core.selection import GroupScore, SelectionSpec
-from mixtura.nn.routers.base import LinearGate, Router
+from mixtura.nn.routers.base import LinearGate, Router, warn_of_a_constant_weight
 
 
 @method("aux-loss-free-bias", role="router", paper="arXiv:2408.15664")
@@ -79,6 +79,7 @@ class AuxLossFreeRouter(Router):
             group_score=group_score,
         )
         super().__init__(LinearGate(dim, num_experts), spec, num_experts)
+        warn_of_a_constant_weight(spec, num_experts)
         if not rate >= 0:
             raise OptionError(f"rate must be at least 0, got {rate}")
         self.rate, self.recenter = rate, recenter

@@ -5,10 +5,13 @@ T tokens, D width, E experts, K slots a token.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mixtura.core.errors import MixturaWarning
 from mixtura.core.routing import Routing, keep
 from mixtura.core.selection import SelectionSpec, WeightOn, select
 from mixtura.nn.state import current_state
@@ -129,6 +132,17 @@ class Router(BaseRouter):
             ShapeError: if the state's mask is of another number of tokens.
         """
         return without_padding(select(self.gate(hidden_TD), self.spec, self.selection_bias_E))
+
+
+def warn_of_a_constant_weight(spec: SelectionSpec, num_experts: int) -> None:
+    """Warn the caller of a router's constructor if its gate can get no gradient; called in the constructor itself."""
+    if num_experts > 1 and spec.weighs_constantly:
+        warnings.warn(
+            "a top-1 gate whose weight is renormalized is constant 1 and gets no gradient from the loss; "
+            "use renormalize=None or k >= 2",
+            MixturaWarning,
+            stacklevel=4,
+        )
 
 
 def without_padding(routing: Routing) -> Routing:

@@ -28,7 +28,7 @@ from torch import nn
 from mixtura.core.errors import OptionError
 from mixtura.core.registry import method
 from mixtura.core.selection import SelectionSpec
-from mixtura.nn.routers.base import LinearGate, Router
+from mixtura.nn.routers.base import LinearGate, Router, warn_of_a_constant_weight
 from mixtura.nn.state import current_state
 
 Gate = Literal["two-layer", "linear"]
@@ -114,3 +114,4 @@ class GatingResidualRouter(Router):
         E = num_experts + null_experts
         spec = SelectionSpec(k=k, renormalize=renormalize, null_experts=null_experts)
         super().__init__(ResidualGate(dim, E, gate), spec, E)
+        warn_of_a_constant_weight(spec, E)

@@ -26,17 +26,16 @@ Jiang et al., arXiv:2401.04088.
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mixtura.core.errors import MixturaWarning, OptionError
+from mixtura.core.errors import OptionError
 from mixtura.core.registry import method
 from mixtura.core.selection import Order, Score, SelectionSpec, WeightOn
-from mixtura.nn.routers.base import LinearGate, Router
+from mixtura.nn.routers.base import LinearGate, Router, warn_of_a_constant_weight
 
 Noise = Literal["none", "learned", "jitter"]
 
@@ -124,13 +123,7 @@ class TopKRouter(Router):
     ) -> None:
         spec = SelectionSpec(k=k, score=score, order=order, renormalize=renormalize, scale=scale, weight_on=weight_on)
         super().__init__(_gate(dim, num_experts, bias, noise, jitter), spec, num_experts)
-        if k == 1 and num_experts > 1 and (renormalize is not None or (order, score) == ("topk-score", "softmax")):
-            warnings.warn(
-                "a top-1 gate whose weight is renormalized is constant 1 and gets no gradient from the loss; "
-                "use renormalize=None or k >= 2",
-                MixturaWarning,
-                stacklevel=3,
-            )
+        warn_of_a_constant_weight(spec, num_experts)
 
 
 def _gate(dim: int, num_experts: int, bias: bool, noise: Noise, jitter: float) -> LinearGate:
