@@ -63,9 +63,9 @@ def test_one_state_a_forward_with_padding_kept_out(base):
     with record(model) as states:
         model(x, attention_mask=mask)
         model(x)
-    assert [len(state.tape.records) for state in states] == [2, 2]
+    layers = ["0", "1", "2"] if base in SPARSE else ["0", "2"]  # native mixtures decide through the state too
+    assert [[record.layer for record in state.tape.records] for state in states] == [layers, layers]
     first = states[0].tape.records[0]
-    assert first.layer == "0"
     empty_T = (first.routing.indices_TK == 4).all(1)
     assert torch.equal(empty_T, mask.reshape(-1) == 0)
     assert not (states[1].tape.records[0].routing.indices_TK == 4).any()

@@ -33,8 +33,10 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) 
         UnknownNameError: with the nearest known name.
         FileFormatError: if the folder is no model, a file in it is damaged, or tensors are missing or of another shape.
         FetchError: if a known model or a Hub id cannot be had.
+        NotExpressibleError: if the transformers that is installed computes the family wrongly.
     """
     from mixtura.hf.gguf import load_gguf
+    from mixtura.hf.wrong_forward import check_forward
 
     name, path = str(name_or_path), Path(name_or_path)
     if name in KNOWN:
@@ -42,19 +44,20 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) 
     if path.suffix == ".gguf" and path.is_file():
         return load_gguf(path, dtype=dtype)
     if path.exists():
-        _check_folder(path)
+        check_forward(_model_type(path))
     elif name.count("/") != 1:
         raise unknown_name("model", name, KNOWN)
     return _from_transformers(name, dtype)
 
 
-def _check_folder(path: Path) -> None:
+def _model_type(path: Path) -> str:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict) or "model_type" not in config:
         raise FileFormatError(f"{str(path)!r} is no model: it has no readable config.json with a model_type")
+    return str(config["model_type"])
 
 
 def _from_transformers(name: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -1,9 +1,10 @@
-"""The family ``mixtura``: any decoder of transformers, some of whose layers are our mixtures.
+"""The family ``mixtura``: any decoder of transformers, some of whose layers are our mixtures or have routers of ours.
 
 For every base family a configuration and a model class are made once, as subclasses of the base's own. The
-configuration is flat: the base's fields, ``base_model_type``, and ``mixtura``, which holds a version and, by the number
-of the decoder layer, ``Mixture.config``. After ``import mixtura.hf`` the Auto classes load it like any other; on disk
-every expert has tensors of its own.
+configuration is flat: the base's fields, ``base_model_type``, and ``mixtura``, which holds a version, by the number of
+the decoder layer ``Mixture.config`` (``layers``) and the methods of routers in native mixtures (``routers``), and the
+methods that are allowed to read later tokens (``allow``). After ``import mixtura.hf`` the Auto classes load it like any
+other; on disk every expert has tensors of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,20 +30,23 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mixtura.core import registry
 from mixtura.core.errors import FileFormatError, MixturaWarning, NotExpressibleError, OptionError, unknown_name
 from mixtura.hf.backends import experts_backend
+from mixtura.hf.conversions import MAX_FORMS, around
 from mixtura.hf.forward import attach_state, with_state
+from mixtura.hf.native import expert_blocks
+from mixtura.hf.seat import Seat, router_name, seats
 from mixtura.hf.sites import feed_forward_sites
+from mixtura.nn.causality import sees_future
 from mixtura.nn.experts.feed_forward import Experts
 from mixtura.nn.experts.group import ExpertGroup
-from mixtura.nn.mixture import Mixture
+from mixtura.nn.mixture import Mixture, method_config
 
-VERSION = 1
+VERSION = 2  # 1 had no routers in native mixtures
 DEFAULT_BACKEND = "mixtura"
-MAX_FORMS = 8  # feed-forward forms of one ExpertGroup that have names on disk
 
 
 class MixturaConfig(PreTrainedConfig):
@@ -92,7 +96,11 @@ class MixturaModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MixturaWarning)  # of choices that were made before the model was saved
             layers = {int(i): Mixture.from_config(spec) for i, spec in config.mixtura["layers"].items()}
-        _attach(self, layers)
+            seated = {layer: registry.build(spec) for layer, spec in config.mixtura.get("routers", {}).items()}
+        for name in map(router_name, (*(mixture.router for mixture in layers.values()), *seated.values())):
+            if not registry.get(name).causal:
+                _check_allowed(name, config.mixtura.get("allow", ()))
+        _attach(self, layers, seated)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """The backend by that name, "mixtura" by default; the dense base sees "eager" while it is built."""
@@ -121,7 +129,8 @@ class MixturaModel:
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         _refuse("missing", info["missing_keys"])
-        _refuse("unexpected", [key for key in info["unexpected_keys"] if ".mixture." in key])
+        places = (".mixture.", *(f".{name}." for name, module in model.named_modules() if isinstance(module, Seat)))
+        _refuse("unexpected", [key for key in info["unexpected_keys"] if any(place in f".{key}" for place in places)])
         _refuse("mismatched", [] if ignore_mismatched_sizes else info["mismatched_keys"])
         return (model, info) if output_loading_info else model
 
@@ -175,7 +184,7 @@ def _model_class(base: type, config_class: type, base_model_type: str) -> type:
     theirs = (
         get_checkpoint_conversion_mapping(base.__name__) or get_checkpoint_conversion_mapping(base_model_type) or []
     )
-    register_checkpoint_conversion_mapping(name, _conversions() + theirs, overwrite=True)
+    register_checkpoint_conversion_mapping(name, around(theirs), overwrite=True)
     members = {"config_class": config_class, "__module__": __name__, "__annotations__": {"config": config_class}}
     return _export(type(name, (MixturaModel, base), members))
 
@@ -186,70 +195,85 @@ def _export(cls: type) -> type:
     return cls
 
 
-def _conversions() -> list[WeightConverter]:
-    """From one tensor an expert on disk to stacks in memory, and back."""
-    # the more special places first: a "*" stands for anything, and the first pattern that fits is taken
-    places = [*(f"mixture.experts.forms.{i}" for i in range(MAX_FORMS)), "mixture.experts"]
-    return [converter for place in places for converter in _conversions_at(place)]
-
-
-def _conversions_at(place: str) -> list[WeightConverter]:
-    converters = []
-    for kind, suffix in (("weight", ""), ("bias", "_bias")):
-        halves = [f"{place}.*.gate_proj.{kind}", f"{place}.*.up_proj.{kind}"]
-        converters += [
-            WeightConverter(halves, f"{place}.gate_up_proj{suffix}", [MergeModulelist(0), Concatenate(1)]),
-            WeightConverter(f"{place}.*.fc1.{kind}", f"{place}.up_proj{suffix}", [MergeModulelist(0)]),
-            WeightConverter(f"{place}.*.down_proj.{kind}", f"{place}.down_proj{suffix}", [MergeModulelist(0)]),
-        ]
-    return converters
-
-
-def convert(model: PreTrainedModel, layers: dict[int, Mixture]) -> Any:
-    """The model as one of the family, with mixtures in some decoder layers.
+def convert(
+    model: PreTrainedModel,
+    layers: Mapping[int, Mixture],
+    *,
+    routers: Mapping[str, nn.Module] | None = None,
+    allow: Iterable[str] = (),
+) -> Any:
+    """The model as one of the family, with mixtures in some decoder layers, or routers of ours in native mixtures.
 
     All other weights are shared, not copied: ``model`` must not be used afterwards.
 
     Args:
-        model: causal language model of transformers, or of the family already (its mixtures stay).
+        model: causal language model of transformers, or of the family already (its mixtures and routers stay).
         layers: mixture by number of the decoder layer.
+        routers: router by the name of a native mixture, the number of its decoder layer as text; the block stays.
+        allow: keys of router methods that may read later tokens; saved with the model.
 
     Raises:
-        NotExpressibleError: if the model is no plain decoder, or a mixture cannot be stored in the family.
+        NotExpressibleError: if the model is no plain decoder, a mixture or router cannot be stored in the family or
+            does not fit the block, or a router that is not allowed to reads later tokens.
         OptionError: if a layer does not exist.
     """
+    routers = routers or {}
     base_type = getattr(model.config, "base_model_type", model.config.model_type)
     config_class, model_class = family(base_type)
     if type(model) is not (model_class if isinstance(model, MixturaModel) else model_class.__mro__[2]):
         raise NotExpressibleError(f"{type(model).__name__} is not the causal language model of {base_type!r}")
     _check_layers(model, layers)
-    config = _config(model.config, config_class, base_type, layers)
+    ours = _ours(model.config, layers, routers, allow)
+    for router in (*(mixture.router for mixture in layers.values()), *routers.values()):
+        if sees_future(router):
+            _check_allowed(router_name(router), ours["allow"])
+    config = _config(model.config, config_class, base_type, ours)
     with torch.device("meta"):
         made = model_class(config)
     _transplant(model, made, config)
-    _attach(made, layers)
+    _attach(made, layers, routers)
     return made.train(model.training)
 
 
-def _config(old: Any, config_class: type, base_type: str, layers: dict[int, Mixture]) -> Any:
-    fields = old.to_dict()
-    fields.pop("model_type", None)
-    kept = fields.pop("mixtura", {"layers": {}})["layers"]
-    specs = {**kept, **{str(i): _check_storable(mixture).config for i, mixture in sorted(layers.items())}}
-    fields |= {"base_model_type": base_type, "mixtura": {"version": VERSION, "layers": specs}}
-    config = config_class(**fields)
+def _ours(
+    old: Any, layers: Mapping[int, Mixture], routers: Mapping[str, nn.Module], allow: Iterable[str]
+) -> dict[str, Any]:
+    """What the configuration says of the family: what it said before, and what is new."""
+    kept = {"layers": {}, "routers": {}, "allow": [], **getattr(old, "mixtura", {})}
+    specs = {**kept["layers"], **{str(i): _check_storable(mixture).config for i, mixture in sorted(layers.items())}}
+    stay = {layer: spec for layer, spec in kept["routers"].items() if layer.partition(".")[0] not in specs}
+    return {
+        "version": VERSION,
+        "layers": specs,
+        "routers": {**stay, **{layer: method_config(router) for layer, router in routers.items()}},
+        "allow": sorted({*kept["allow"], *allow}),
+    }
+
+
+def _config(old: Any, config_class: type, base_type: str, ours: dict[str, Any]) -> Any:
+    fields = {name: value for name, value in old.to_dict().items() if name not in ("model_type", "mixtura")}
+    config = config_class(**fields | {"base_model_type": base_type, "mixtura": ours})
     config._attn_implementation = old._attn_implementation
     if isinstance(old, MixturaConfig):
         config._experts_implementation = old._experts_implementation
     return config
 
 
-def _check_layers(model: PreTrainedModel, layers: dict[int, Mixture]) -> None:
-    sites = feed_forward_sites(model)
+def _check_layers(model: PreTrainedModel, layers: Mapping[int, Mixture]) -> None:
+    sites = feed_forward_sites(model) if layers else []
     for number in layers:
         if not 0 <= number < len(sites):
             raise OptionError(f"layers must lie in 0 .. {len(sites) - 1}, got {number}")
         sites[number].check_replaceable()
+
+
+def _check_allowed(name: str, allow: Iterable[str]) -> None:
+    """Refuse a method of routers that reads later tokens, unless it is allowed by name."""
+    if name not in allow:
+        raise NotExpressibleError(
+            f"router {name} reads later tokens, so a decoder learns from what it cannot know in generation; allow it "
+            f"by name if that is meant: allow=[{name!r}]"
+        )
 
 
 def _check_storable(mixture: Mixture) -> Mixture:
@@ -275,21 +299,45 @@ def _transplant(model: PreTrainedModel, made: PreTrainedModel, config: Any) -> N
     made.name_or_path = model.name_or_path
 
 
-def _attach(model: Any, layers: dict[int, Mixture]) -> None:
-    """Put the mixtures in their places, on the backend of the configuration, and let forward calls open a state."""
-    sites = feed_forward_sites(model)
+def _attach(model: Any, layers: Mapping[int, Mixture], routers: Mapping[str, nn.Module]) -> None:
+    """Put mixtures and routers in their places, on the configured backend, and let forward calls open a state."""
+    sites = feed_forward_sites(model) if layers else []
     for number, mixture in layers.items():
         sites[number].put(mixture)
+    blocks = expert_blocks(model) if routers else {}
+    for layer, router in routers.items():
+        if layer not in blocks:
+            raise OptionError(
+                f"routers must name native mixtures, {', '.join(blocks) or 'there are none'}; got {layer!r}"
+            )
+        blocks[layer].put(router, layer)
     for mixture in mixtures(model).values():
         for module in mixture.modules():
             if isinstance(module, Experts):
                 module.backend = _ConfiguredBackend(model.config)
     attach_state(model)
+    if _refuse_native_logits not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_refuse_native_logits, with_kwargs=True)
+
+
+def _refuse_native_logits(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """transformers collects logits of its own routers alone: its balance loss would leave ours out, or fail."""
+    asked = kwargs.get("output_router_logits")
+    if asked or (asked is None and getattr(model.config, "output_router_logits", False)):
+        raise OptionError(
+            "output_router_logits must be False for a model of the family mixtura, also in its config: routers are "
+            "read from the tape (mixtura.hf.record), and balance terms are losses of it"
+        )
 
 
 def mixtures(model: nn.Module) -> dict[str, Mixture]:
     """The mixtures of a model by the number of their decoder layer, as text; also under PEFT."""
     return {module.layer: module for module in model.modules() if isinstance(module, Mixture)}
+
+
+def routers(model: nn.Module) -> dict[str, nn.Module]:
+    """Routers of ours, those in native mixtures too, by the number of their decoder layer; also under PEFT."""
+    return {layer: part.router for layer, part in {**mixtures(model), **seats(model)}.items()}
 
 
 AutoConfig.register("mixtura", MixturaConfig)

@@ -2,6 +2,7 @@
 
 A native mixture is a module with decorated experts (seam 2), and beside it a router whose first output is the logits
 (seam 1). Decisions are read, and edited, at the experts seam, where they are carried out; the router adds the logits.
+One whose router is one of ours (``Seat``) decides as our mixtures do, and is none of those here.
 
 T tokens, E experts, K slots a token.
 """
@@ -16,12 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixtura.core.errors import NotExpressibleError
 from mixtura.core.routing import Routing
-from mixtura.hf.sites import decoder_layers
+from mixtura.hf.seat import Seat
+from mixtura.hf.sites import decoder, decoder_layers
+from mixtura.hf.wrong_forward import check_forward
 from mixtura.nn.mixture import Mixture
 from mixtura.nn.state import current_state
 
 ROUTER_NAMES = ("gate", "router")
+SELECTION_BIASES = {
+    "e_score_correction_bias",
+    "expert_bias",
+}  # where they lie in the block, it hands them to its router
 _REASON = "decisions belong to one forward call; compile without fullgraph=True"
 
 
@@ -49,9 +57,43 @@ class NativeMixture:
         """E."""
         return len(self.experts.down_proj)  # type: ignore[arg-type]
 
+    @property
+    def is_seated(self) -> bool:
+        """Whether one of our routers decides."""
+        return self.router is not None and any(isinstance(part, Seat) for part in self.router.modules())
+
+    def put(self, router: nn.Module, layer: str) -> None:
+        """Let one of our routers decide; what decided is let go, a bias of its selection in the block too.
+
+        Raises:
+            NotExpressibleError: if the block has no router of a known name, or the router does not fit it.
+            OptionError: if the router has too few columns.
+        """
+        if not self.router_name:
+            raise NotExpressibleError(
+                f"layer {layer}: {type(self.block).__name__} has no router under the names {', '.join(ROUTER_NAMES)}"
+            )
+        setattr(self.block, self.router_name, Seat(router, self.num_experts, layer))
+        for tensors in (self.block._parameters, self.block._buffers):
+            tensors.update(dict.fromkeys(tensors.keys() & SELECTION_BIASES))
+        hooks = self.experts._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
+            self.experts._forward_pre_hooks_with_kwargs.pop(key, None)
+
 
 def native_mixtures(model: nn.Module) -> dict[str, NativeMixture]:
-    """Native mixtures by the number of their decoder layer; a second one in a layer has its path behind."""
+    """Those that decide by themselves, by the number of their decoder layer; a second one has its path behind."""
+    return {layer: mixture for layer, mixture in expert_blocks(model).items() if not mixture.is_seated}
+
+
+def expert_blocks(model: nn.Module) -> dict[str, NativeMixture]:
+    """As ``native_mixtures``, also those whose router is one of ours.
+
+    Raises:
+        NotExpressibleError: if the transformers that is installed computes the family wrongly.
+    """
+    check_forward(str(getattr(getattr(decoder(model), "config", None), "model_type", "")))
     ours = {id(part) for module in model.modules() if isinstance(module, Mixture) for part in module.modules()}
     found: dict[str, NativeMixture] = {}
     for number, layer in enumerate(decoder_layers(model)):
