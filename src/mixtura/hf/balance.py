@@ -30,7 +30,7 @@ from mixtura.core.errors import (
 from mixtura.core.routing import Routing, counts
 from mixtura.core.selection import SelectionSpec
 from mixtura.hf.families import selection_spec
-from mixtura.hf.modeling import mixtures
+from mixtura.hf.modeling import routers
 from mixtura.hf.native import native_mixtures
 from mixtura.nn.balance.statistic import sum_over_processes
 from mixtura.nn.state import RouterState
@@ -180,11 +180,6 @@ def _has_no_logits(routing: Routing) -> bool:
     """Whether a native router gave none, so that NaN without a graph stand in their place."""
     logits_TE = routing.logits_TE
     return not logits_TE.requires_grad and len(logits_TE) > 0 and bool(logits_TE[0].isnan().all())
-
-
-def routers(model: nn.Module) -> dict[str, Any]:
-    """Routers of ours by the number of their decoder layer."""
-    return {layer: mixture.router for layer, mixture in mixtures(model).items()}
 
 
 def constant_routers(model: nn.Module) -> list[str]:

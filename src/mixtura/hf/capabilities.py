@@ -110,6 +110,8 @@ def lacks(target: Target, config: Any, layers: Mapping[str, Mixture]) -> str:
         layers: its mixtures, by the number of their decoder layer.
     """
     base = getattr(config, "base_model_type", config.model_type)
+    if getattr(config, "mixtura", {}).get("routers"):
+        return "routers of ours in native mixtures"
     if not layers:
         return "the model has no mixtures of ours"
     if base not in BASE_NORMS:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from mixtura.hf.families import selection_spec
+from mixtura.hf.seat import Seat
 from mixtura.nn.experts.group import ExpertGroup
 from mixtura.nn.mixture import Mixture
 
@@ -37,13 +38,15 @@ def count_parameters(model: nn.Module) -> Counts:
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    seats = [(block, seat) for block in model.modules() for seat in block.children() if isinstance(seat, Seat)]
+    seated = {id(beside): seat.router.slots for block, seat in seats for beside in block.children()}
     idle, inside = 0, set()
     for module in model.modules():
         if isinstance(module, Mixture):
             idle += _idle(_sizes(module.experts), module.router.slots)  # type: ignore[union-attr, arg-type]
             inside.update(id(part) for part in module.modules())
         elif id(module) not in inside and _is_native(module):
-            idle += _idle(_sizes(module), _native_k(model))
+            idle += _idle(_sizes(module), seated.get(id(module)) or _native_k(model))
     return Counts(total, total - idle, trainable)
 
 

@@ -24,7 +24,7 @@ from mixtura.hf.doctor_findings import Finding, findings, ranges
 from mixtura.hf.doctor_probe import Probe, probe
 from mixtura.hf.export import check_export
 from mixtura.hf.families import selection_spec
-from mixtura.hf.modeling import MixturaModel, mixtures
+from mixtura.hf.modeling import MixturaModel, routers
 from mixtura.hf.native import native_mixtures
 from mixtura.hf.stored import Stored, compare_with_files
 from mixtura.hf.tensor_roles import TensorRole, coded_buffers, is_code, parameter_roles
@@ -257,7 +257,7 @@ def _tied(model: nn.Module) -> Iterator[tuple[str, ...]]:
 
 def _backend(model: Any) -> str:
     """Name of the experts implementation that a call would use now."""
-    if not mixtures(model) and not native_mixtures(model):
+    if not routers(model) and not native_mixtures(model):
         return ""
     return str(model.config._experts_implementation or "eager")
 
@@ -266,7 +266,7 @@ def _routers(model: Any, seen: Probe | None) -> Iterator[RouterFacts]:
     native = native_mixtures(model)
     spec = _native_spec(model) if native else None
     sizes = {layer: (m.num_experts, getattr(m.router, "spec", spec)) for layer, m in native.items()}
-    sizes |= {layer: (m.router.num_experts, m.router.spec) for layer, m in mixtures(model).items()}  # type: ignore[misc]
+    sizes |= {layer: (router.num_experts, router.spec) for layer, router in routers(model).items()}
     for layer, (experts, chosen) in sorted(sizes.items(), key=lambda item: (int(item[0].split(".")[0]), item[0])):
         yield RouterFacts(
             layer=layer,

@@ -32,10 +32,10 @@ def freeze_all_but(model: Any, train: TrainRecipe) -> dict[str, nn.Parameter]:
 
 
 def router_parameters(model: Any) -> list[nn.Parameter]:
-    """Parameters of the routers of all mixtures."""
-    from mixtura.hf import mixtures
+    """Parameters of all routers of ours."""
+    from mixtura.hf.modeling import routers
 
-    return [parameter for mixture in mixtures(model).values() for parameter in mixture.router.parameters()]
+    return [parameter for router in routers(model).values() for parameter in router.parameters()]
 
 
 def _chosen(model: Any, train: TrainRecipe) -> list[nn.Parameter]:
