@@ -9,10 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mixtura.core.errors import NotExpressibleError, OptionError, UnknownNameError
+from mixtura.core.roles import ROLES, parse
 from mixtura.hf import convert, mixtures
 from mixtura.hf.frozen_rows import frozen_rows
-from mixtura.hf.roles import freeze, parse, unfreeze
-from mixtura.hf.tensor_roles import ROLES, buffer_roles, parameter_roles
+from mixtura.hf.roles import freeze, unfreeze
+from mixtura.hf.tensor_roles import buffer_roles, parameter_roles
 from mixtura.nn import ExpertGroup, Experts, Mixture
 from mixtura.nn.experts.forms import ConstantExperts, ZeroExperts
 from mixtura.nn.routers.topk_softmax import TopKRouter

@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mixtura.core.errors import NotExpressibleError
-from mixtura.hf.modeling import _transplant, mixtures
+from mixtura.hf.modeling import mixtures, transplant
 from mixtura.hf.sites import Holder, Site, feed_forward_sites
 from mixtura.nn.dense import FeedForwardWeights
 from mixtura.nn.experts.activations import ACTIVATIONS
@@ -42,7 +42,7 @@ def put_dense(model: Any, layers: Mapping[int, FeedForwardWeights]) -> Any:
         model.config.mixtura["layers"].pop(str(number))
     if left or model.config.mixtura.get("routers"):
         return model
-    _transplant(model, stock, stock.config)
+    transplant(model, stock, stock.config)
     return stock.train(model.training)
 
 

@@ -215,13 +215,14 @@ def convert(
     Raises:
         NotExpressibleError: if the model is no plain decoder, a mixture or router cannot be stored in the family or
             does not fit the block, or a router that is not allowed to reads later tokens.
-        OptionError: if a layer does not exist.
+        OptionError: if a layer does not exist, or the configuration asks for output_router_logits.
     """
     routers = routers or {}
     base_type = getattr(model.config, "base_model_type", model.config.model_type)
     config_class, model_class = family(base_type)
     if type(model) is not (model_class if isinstance(model, MixturaModel) else model_class.__mro__[2]):
         raise NotExpressibleError(f"{type(model).__name__} is not the causal language model of {base_type!r}")
+    _refuse_native_logits(model)
     _check_layers(model, layers)
     ours = _ours(model.config, layers, routers, allow)
     for router in (*(mixture.router for mixture in layers.values()), *routers.values()):
@@ -230,7 +231,7 @@ def convert(
     config = _config(model.config, config_class, base_type, ours)
     with torch.device("meta"):
         made = model_class(config)
-    _transplant(model, made, config)
+    transplant(model, made, config)
     _attach(made, layers, routers)
     return made.train(model.training)
 
@@ -287,8 +288,8 @@ def _check_storable(mixture: Mixture) -> Mixture:
     return mixture
 
 
-def _transplant(model: PreTrainedModel, made: PreTrainedModel, config: Any) -> None:
-    """Move the modules of ``model`` into ``made``, and let all of them see the one configuration."""
+def transplant(model: PreTrainedModel, made: PreTrainedModel, config: Any) -> None:
+    """Move the modules of ``model`` into ``made``, and let all of them see the one configuration, that of ``made``."""
     old = model.config
     for name, child in model.named_children():
         setattr(made, name, child)
@@ -320,13 +321,13 @@ def _attach(model: Any, layers: Mapping[int, Mixture], routers: Mapping[str, nn.
         model.register_forward_pre_hook(_refuse_native_logits, with_kwargs=True)
 
 
-def _refuse_native_logits(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _refuse_native_logits(model: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
     """transformers collects logits of its own routers alone: its balance loss would leave ours out, or fail."""
-    asked = kwargs.get("output_router_logits")
+    asked = (kwargs or {}).get("output_router_logits")
     if asked or (asked is None and getattr(model.config, "output_router_logits", False)):
         raise OptionError(
-            "output_router_logits must be False for a model of the family mixtura, also in its config: routers are "
-            "read from the tape (mixtura.hf.record), and balance terms are losses of it"
+            "output_router_logits must be False in calls and in the config of a model of mixtura: its routers are read "
+            "from the tape (mixtura.hf.record), and balance losses are computed of that"
         )
 
 

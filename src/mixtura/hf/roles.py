@@ -1,11 +1,8 @@
 """``freeze`` and ``unfreeze``: parameters by what they are for.
 
-An expression names a role, some layers, or a role in some layers:
+What is named is an expression of ``mixtura.core.roles``:
 
-    "routers"  "experts"  "shared"  "mixtures" (all three)  "feed-forward" (the dense ones)  "attention"  "norms"
-    "embeddings"  "head"  "adapters" (of PEFT)  "other"  "all"
-    "layers[24:30]"  "layers[-1]"  "layers[24:30].routers"
-    "experts[3]"  "experts[0:4]"  "layers[2].experts[0:4]"
+    "routers"   "experts[0:4]"   "layers[24:30]"   "layers[2].experts[0:4]"   "attention"   "all"
 
 Indices are Python's, without a step; in every layer that is meant the named experts must exist. What has which role is
 told by ``mixtura.hf.tensor_roles``. Experts lie side by side in one stack: to freeze some of them holds their rows, see
@@ -14,19 +11,15 @@ told by ``mixtura.hf.tensor_roles``. Experts lie side by side in one stack: to f
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
-from mixtura.core.errors import NotExpressibleError, OptionError, unknown_name
+from mixtura.core.errors import NotExpressibleError, OptionError
+from mixtura.core.roles import MIXTURES, parse
 from mixtura.hf.frozen_rows import hold_rows
 from mixtura.hf.sites import decoder_layers
-from mixtura.hf.tensor_roles import MIXTURES, ROLES, TensorRole, parameter_roles
-
-NAMES = (*ROLES, "mixtures", "adapters", "layers", "all")
-
-_PART = re.compile(r"([a-z-]+)(?:\[(-?\d+)?(?:(:)(-?\d+)?)?\])?")
+from mixtura.hf.tensor_roles import TensorRole, parameter_roles
 
 
 def freeze(model: nn.Module, what: str | Iterable[str]) -> list[str]:
@@ -34,7 +27,7 @@ def freeze(model: nn.Module, what: str | Iterable[str]) -> list[str]:
 
     Args:
         model: of transformers or of the family, dense or with mixtures, also under PEFT.
-        what: one expression or several, see the head of the file.
+        what: one expression or several, see ``mixtura.core.roles``.
 
     Returns:
         Names of the parameters that changed; one of which only some experts froze is among them.
@@ -58,35 +51,6 @@ def unfreeze(model: nn.Module, what: str | Iterable[str]) -> list[str]:
         OptionError: also if a parameter is quantized, so that it cannot have a gradient.
     """
     return _change(model, what, lambda old, named: old - named)
-
-
-def parse(expression: str) -> tuple[tuple[str, int | slice | None], ...]:
-    """The parts of an expression: names with what stands in their brackets.
-
-    Raises:
-        UnknownNameError: for an unknown role, with the nearest.
-        OptionError: if it cannot be read.
-    """
-    parts = []
-    for text in expression.split(".") if isinstance(expression, str) else [""]:
-        match = _PART.fullmatch(text)
-        if match is None or (text.endswith("[]")):
-            raise OptionError(f"a role is written as 'routers', 'layers[2:4]' or 'experts[3]', got {expression!r}")
-        name, first, colon, last = match.groups()
-        if name not in NAMES:
-            raise unknown_name("role", name, NAMES)
-        index = slice(*(None if bound is None else int(bound) for bound in (first, last))) if colon else first
-        parts.append((name, int(index) if isinstance(index, str) else index))
-    _check_parts(expression, parts)
-    return tuple(parts)
-
-
-def _check_parts(expression: str, parts: Sequence[tuple[str, int | slice | None]]) -> None:
-    for name, index in parts:
-        if index is not None and name not in ("layers", "experts"):
-            raise OptionError(f"only layers and experts have numbers, got {expression!r}")
-    if len(parts) > 2 or (len(parts) == 2 and (parts[0][0] != "layers" or parts[1][0] in ("layers", "all"))):
-        raise OptionError(f"two parts are 'layers[...]' and a role in them, got {expression!r}")
 
 
 def _change(

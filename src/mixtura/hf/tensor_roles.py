@@ -24,9 +24,6 @@ from mixtura.hf.sites import decoder_layers
 from mixtura.nn.experts.group import ExpertGroup
 from mixtura.nn.mixture import Mixture
 
-MIXTURES = ("routers", "experts", "shared")
-ROLES = (*MIXTURES, "feed-forward", "attention", "norms", "embeddings", "head", "other")
-
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|^ff$|^fc\d$|^wi|^wo$")
 
 
@@ -37,7 +34,7 @@ class TensorRole(NamedTuple):
         name: as ``named_parameters`` or ``named_buffers`` gives it.
         tensor: itself.
         module: that owns it, under the last part of its name.
-        role: one of ``ROLES``.
+        role: one of ``mixtura.core.roles.ROLES``.
         layer: number of its decoder layer; None outside of them.
         experts: experts whose weights it stacks along its first axis; None if it is of none or common to all.
         num_experts: E of its mixture; None outside of the experts.
