@@ -1,5 +1,10 @@
-"""Pico models of native mixtures of transformers: two layers, width 32, four experts, random weights; no download."""
+"""Pico models of native mixtures of transformers: two layers, width 32, four experts, random weights; no download.
 
+Run as a program it prints what is true of each family, as ``docs/native_families.json`` holds it.
+"""
+
+import functools
+import json
 import warnings
 
 import torch
@@ -154,6 +159,7 @@ OUTSIDE = {  # decoders whose experts are not decorated
         "num_layers": 2,
     },
 }
+OWN_ROUTERS = ("topk-softmax", "aux-loss-free-bias")
 
 
 def native(model_type, **options):
@@ -170,3 +176,60 @@ def native(model_type, **options):
         if name.endswith(("e_score_correction_bias", "expert_bias")):
             tensor.normal_(0, 0.1)
     return model
+
+
+def reloaded(model, folder):
+    """The model after it was saved and loaded, its tensors where new ones are: rounding depends on their alignment."""
+    model.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.clone()
+    return loaded
+
+
+def tokens(rows=2, length=7):
+    """Token ids (rows, length) without special ones."""
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model, x, **options):
+    """Without a cache."""
+    return model(x, use_cache=False, **options).logits
+
+
+def facts(model_type):
+    """What a run says of a family: why no router of ours fits, and which one is its own.
+
+    Returns:
+        ``refused``, "" if routers can be installed, and ``same``: the key of a method that changes no bit of the logits
+        when it is installed, "" if none of those tried does.
+    """
+    from mixtura.core.errors import NotExpressibleError
+    from mixtura.hf.install import install
+
+    try:
+        install(native(model_type), "topk-softmax", start="random")
+    except NotExpressibleError as error:
+        return {"refused": str(error), "same": ""}
+    return {"refused": "", "same": next(filter(functools.partial(changes_nothing, model_type), OWN_ROUTERS), "")}
+
+
+def changes_nothing(model_type, key):
+    """Whether the logits stay bit-equal when a method is installed with the family's own selection and weights."""
+    from mixtura.core.errors import OptionError
+    from mixtura.hf.install import install
+
+    model = native(model_type)
+    model.set_experts_implementation("mixtura")  # sums of the default one are rounded otherwise
+    options = {"bias": True} if model_type == "gpt_oss" else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a bias of the selection that is lost
+            return install(model, key, **options).receipt["bit_equal"]
+    except OptionError:  # a gate that is not linear, or a selection that the method has not
+        return False
+
+
+if __name__ == "__main__":
+    print(json.dumps({model_type: facts(model_type) for model_type in sorted({**FAMILIES, **OUTSIDE})}, indent=2))

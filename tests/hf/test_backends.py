@@ -1,107 +1,13 @@
 """Our backends in native families: the logits and gradients of their own eager loop; theirs on our experts."""
 
-import warnings
-
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
 from mixtura.core.errors import UnknownNameError
 from mixtura.hf.backends import experts_backend
 from mixtura.nn import Experts
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 24,
-    "first_k_dense_replace": 0,
-    "n_group": 2,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-}
-LATENT = {"head_dim": 8, "num_key_value_heads": 4, "qk_head_dim": 16}
-FULL_ATTENTION = {"layer_types": ["full_attention", "full_attention"]}
-FAMILIES = {
-    "afmoe": {"num_dense_layers": 0, "num_shared_experts": 1},
-    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
-    "axk1": LATENT,
-    "cohere2_moe": {},
-    "deepseek_v2": {**LATENT, "topk_method": "greedy"},
-    "deepseek_v3": LATENT,
-    "dots1": {},
-    "ernie4_5_moe": {
-        "moe_num_experts": 4,
-        "moe_k": 2,
-        "moe_num_shared_experts": 1,
-        "moe_layer_start_index": 0,
-        "moe_layer_end_index": 1,
-    },
-    "exaone_moe": {"mlp_layer_types": ["sparse", "sparse"]},
-    "flex_olmo": {},
-    "glm4_moe": {},
-    "glm4_moe_lite": {**LATENT, "mlp_layer_types": ["sparse", "sparse"]},
-    "gpt_oss": {},
-    "granitemoe": {},
-    "granitemoeshared": {"shared_intermediate_size": 24},
-    "hunyuan_v1_moe": {"moe_topk": 2},
-    "jamba": {
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 1,
-        "expert_layer_offset": 0,
-        "mamba_d_state": 4,
-        "mamba_dt_rank": 4,
-        "use_mamba_kernels": False,
-    },
-    "lfm2_moe": {**FULL_ATTENTION, "num_dense_layers": 0},
-    "minimax": {"block_size": 16, "layer_types": ["full_attention", "linear_attention"]},
-    "minimax_m2": {},
-    "mixtral": {},
-    "nemotron_h": {
-        "layers_block_type": ["moe", "attention"],
-        "moe_shared_expert_intermediate_size": 24,
-        "moe_latent_size": None,
-    },
-    "olmoe": {},
-    "phimoe": {},
-    "qwen2_moe": {"decoder_sparse_step": 1},
-    "qwen3_5_moe_text": FULL_ATTENTION,
-    "qwen3_moe": {"mlp_only_layers": []},
-    "qwen3_next": FULL_ATTENTION,
-    "solar_open": {},
-}
-
-
-def native(model_type):
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**{**SIZES, **FAMILIES[model_type]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs
-        model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            parameter.data.normal_(0, 0.1)
-    return model
+from pico_native import FAMILIES, native
 
 
 def run(model, backend, ids, probe):
