@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixtura.core.errors import MixturaError, NotExpressibleError, OptionError, ShapeError
+from mixtura.core.errors import MixturaError, NotExpressibleError
 from mixtura.core.routing import Routing, dense, keep
 from mixtura.core.selection import SelectionSpec, select
 from mixtura.hf.families import selection_spec

@@ -1,7 +1,7 @@
 """``capture``: every decision that a model takes inside of a ``with``, in training and in generation.
 
-Decisions are read from the tape of each forward call, of our mixtures and native ones alike: under PEFT, DDP, activation
-checkpointing (what is run again is not recorded again) and torch.compile, whether compiled before or after.
+Decisions are read from the tape of each forward call, of our mixtures and native ones alike: under PEFT, DDP,
+activation checkpointing (what is run again is not recorded again) and torch.compile, whether compiled before or after.
 
 B rows of a call, Q positions of it, T = B Q tokens row by row, K slots a token, E experts.
 """
@@ -37,7 +37,8 @@ def capture(model: nn.Module, domain: str | Sequence[str] | None = None, *, logi
 
     Rows that generation has ended early stay in the batch and are routed on; they count as padding. Beams continue the
     sequence of the beam whose cache they took, drafts of assisted decoding that were rejected have a phase of their
-    own. Without a cache each call begins new sequences. A last chunk of a prompt that has one token looks like decoding.
+    own. Without a cache each call begins new sequences. The last chunk of a prompt looks like decoding if it is one
+    token.
 
     Args:
         model: with mixtures or routers of ours, or any of transformers with decorated experts.
@@ -62,7 +63,7 @@ def capture(model: nn.Module, domain: str | Sequence[str] | None = None, *, logi
         domains=_domain_names(domain),
         model=_name(model),
     )
-    recorder = _Recorder(trace, domain, Sequences(*_ends(model)), logits)
+    recorder = _Recorder(trace, domain, Sequences.of(model), logits)
     try:
         with listen(model, recorder), watch_caches(recorder.sequences):
             yield trace
@@ -178,15 +179,6 @@ def _why_unseen(model: nn.Module) -> str:
 def _domain_names(domain: str | Sequence[str] | None) -> list[str]:
     names = [] if domain is None else [domain] if isinstance(domain, str) else domain
     return list(dict.fromkeys(names))
-
-
-def _ends(model: nn.Module) -> tuple[set[int], int]:
-    """Tokens that end a generation, and the one that fills up behind them."""
-    config = getattr(model, "generation_config", None)
-    eos = getattr(config, "eos_token_id", None)
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    pad = getattr(config, "pad_token_id", None)
-    return set(ends), next(iter(ends), -1) if pad is None else int(pad)
 
 
 def _name(model: nn.Module) -> str:

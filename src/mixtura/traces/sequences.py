@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from mixtura.hf.caches import CacheWatcher
 from mixtura.hf.forward import padding_mask, past_length
@@ -79,6 +80,14 @@ class Sequences(CacheWatcher):
         self.count = 0
         self._of_cache: weakref.WeakKeyDictionary[Any, _Rows] = weakref.WeakKeyDictionary()
         self._without_cache: _Rows | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Sequences:
+        """With the tokens that end a generation of that model."""
+        config = getattr(model, "generation_config", None)
+        eos, pad = getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)
+        ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        return cls(set(ends), next(iter(ends), -1) if pad is None else int(pad))
 
     def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
         """The tokens of a call of the decoder with these arguments."""
