@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from mixtura.core import files
 from mixtura.core.errors import MixturaError, OptionError
 from mixtura.core.files import PARTIAL, hold_folder, write_file, write_folder
 from mixtura.hf.callbacks import CompleteMark
@@ -114,6 +115,41 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path, other):
     with hold_folder(tmp_path / "held"):
         assert names(tmp_path) == ["held"]
     assert names(tmp_path) == []
+
+
+def before_the_first_lock(monkeypatch, act):
+    """Do something when a folder has been opened and is about to be locked for the first time."""
+    lock, done = files._lock, []
+
+    def late(descriptor):
+        if not done:
+            done.append(True)
+            act()
+        return lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", late)
+
+
+def test_a_folder_that_is_replaced_before_it_is_held_is_held_all_the_same(tmp_path, monkeypatch):
+    held = tmp_path / "held"
+
+    def replace():
+        held.rmdir()
+        held.mkdir()
+
+    before_the_first_lock(monkeypatch, replace)
+    with (
+        hold_folder(held),
+        pytest.raises(MixturaError, match="another process is at work in"),
+        hold_folder(held),
+    ):
+        pytest.fail("the block must not run")
+
+
+def test_a_folder_that_is_taken_for_a_left_over_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    before_the_first_lock(monkeypatch, lambda: next(tmp_path.glob(f"{PARTIAL}*")).rmdir())
+    write(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_second_run_of_training_is_refused_before_it_touches_the_first(tmp_path, monkeypatch):
