@@ -308,9 +308,8 @@ def _attach(model: Any, layers: Mapping[int, Mixture], routers: Mapping[str, nn.
     blocks = expert_blocks(model) if routers else {}
     for layer, router in routers.items():
         if layer not in blocks:
-            raise OptionError(
-                f"routers must name native mixtures, {', '.join(blocks) or 'there are none'}; got {layer!r}"
-            )
+            known = ", ".join(blocks) or "there is none"
+            raise OptionError(f"routers must lie in layers with native mixtures ({known}), got {layer!r}")
         blocks[layer].put(router, layer)
     for mixture in mixtures(model).values():
         for module in mixture.modules():

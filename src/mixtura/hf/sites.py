@@ -224,7 +224,7 @@ def _run(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
     module.eval()
     try:
         out = module(tokens)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:  # an argument is missing, or None where a tensor is needed
         raise NotExpressibleError(f"{_describe(site)} cannot be called with hidden states alone: {error}") from error
     finally:
         module.train(training)
