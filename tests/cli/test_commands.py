@@ -13,7 +13,7 @@ from mixtura.core import registry
 from pico import pico
 from training.byte_tokenizer import byte_tokenizer
 
-COMMANDS = ("demo", "methods", "fetch", "upcycle", "export", "generate", "train", "eval", "inspect")
+COMMANDS = ("demo", "methods", "fetch", "upcycle", "export", "generate", "train", "eval", "inspect", "doctor")
 
 
 def run(*arguments):

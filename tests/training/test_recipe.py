@@ -52,8 +52,10 @@ def test_yaml_floats_without_a_point_are_numbers(tmp_path):
         (
             "train.parameters",
             "mlp",
-            "train.parameters must be 'mixtures', 'all' or 'feed-forward:FIRST-LAST', got 'mlp'",
+            "train.parameters must be 'mixtures', 'all', 'feed-forward:FIRST-LAST' or roles, got 'mlp': unknown role",
         ),
+        ("train.parameters", "router", "did you mean 'routers'"),
+        ("train.parameters", "routers, experts[", "a role is written as"),
         ("train.parameters", "feed-forward:5-2", "train.parameters must be"),
         ("train.warmup", 8, "train.warmup must be below train.steps = 8, got 8"),
         ("data.sequence_length", 1, "data.sequence_length must be at least 2"),
@@ -96,3 +98,9 @@ def test_layers_of_the_dense_baseline():
     recipe = Recipe.from_dict(with_field("train.parameters", "feed-forward:2-4"))
     assert recipe.train.feed_forward_layers == [2, 3, 4]
     assert Recipe.from_dict(with_field("train.parameters", "feed-forward:3")).train.feed_forward_layers == [3]
+
+
+def test_roles_are_named_by_comma():
+    recipe = Recipe.from_dict(with_field("train.parameters", "layers[24:30].experts[4:8], routers"))
+    assert recipe.train.roles == ["layers[24:30].experts[4:8]", "routers"]
+    assert recipe.train.feed_forward_layers == []

@@ -69,6 +69,36 @@ def test_the_dense_baseline_changes_what_it_names(tmp_path, parameters, expected
     assert named - {n for n in named if n.endswith("attn.c_attn.bias")} <= changed(before, start) <= named
 
 
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ("routers", r".*router\."),
+        ("layers[-1].experts, layers[0].norms", r"transformer\.h\.(2\.mlp\.mixture\.experts|0\.ln_[12])\."),
+        ("attention", r".*attn\."),
+    ],
+)
+def test_roles_are_trained_alone(tmp_path, parameters, expected):
+    start = model()
+    before = snapshot(start)
+    run(tmp_path / "out", dataclasses.replace(recipe(parameters=parameters), balance={}), start)
+    assert changed(before, start)
+    assert all(re.match(expected, name) for name in changed(before, start))
+
+
+def test_single_experts_are_trained_alone(tmp_path):
+    """With weight decay, which moves what has no gradient."""
+    start = model()
+    before = snapshot(start)
+    how = recipe(parameters="experts[1:3]", weight_decay=0.1)
+    run(tmp_path / "out", dataclasses.replace(how, balance={}), start)
+    names = changed(before, start)
+    assert names
+    after = snapshot(start)
+    for name in names:
+        assert ".experts." in name
+        assert [e for e in range(len(after[name])) if not torch.equal(after[name][e], before[name][e])] == [1, 2]
+
+
 def test_inline_feed_forwards_can_be_trained(tmp_path):
     start = pico("opt", vocab_size=VOCABULARY_SIZE)
     before = snapshot(start)

@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from mixtura.core.errors import OptionError
+from mixtura.core.roles import MIXTURES
 from mixtura.training.recipe import TrainRecipe
 
 
 def freeze_all_but(model: Any, train: TrainRecipe) -> dict[str, nn.Parameter]:
-    """Let exactly the parameters that the recipe names require a gradient.
+    """Let exactly the parameters that the recipe names be trained; single experts of a stack too.
 
     Args:
         model: causal language model of transformers, of the family or dense.
@@ -21,45 +22,41 @@ def freeze_all_but(model: Any, train: TrainRecipe) -> dict[str, nn.Parameter]:
         The trained parameters by name.
 
     Raises:
-        OptionError: if the model has no mixtures, or not the layers that are named.
+        OptionError: if the model has not what is named.
+        NotExpressibleError: if single experts are named that are not stacked one by one.
     """
-    chosen = {id(parameter) for parameter in _chosen(model, train)}
-    if train.router_learning_rate == 0:
-        chosen -= {id(parameter) for parameter in router_parameters(model)}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in chosen)
+    from mixtura.hf.roles import freeze, unfreeze
+    from mixtura.hf.tensor_roles import parameter_roles
+
+    freeze(model, "all")
+    places = {role.role for role in parameter_roles(model)}
+    if train.feed_forward_layers:
+        _check_layers(model, train.feed_forward_layers)
+        for role in parameter_roles(model):
+            wanted = role.layer in train.feed_forward_layers and role.role in ("feed-forward", *MIXTURES)
+            role.tensor.requires_grad_(wanted)
+    elif train.parameters == "mixtures" and places.isdisjoint(MIXTURES):
+        raise OptionError(
+            f"train.parameters is 'mixtures', but {type(model).__name__} has none; upcycle it, or name "
+            "'feed-forward:FIRST-LAST' or 'all'"
+        )
+    else:
+        unfreeze(model, train.roles)
+    if train.router_learning_rate == 0 and "routers" in places:
+        freeze(model, "routers")
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def router_parameters(model: Any) -> list[nn.Parameter]:
-    """Parameters of all routers of ours."""
-    from mixtura.hf.modeling import routers
+    """Parameters of all routers, ours and native ones."""
+    from mixtura.hf.tensor_roles import parameter_roles
 
-    return [parameter for router in routers(model).values() for parameter in router.parameters()]
-
-
-def _chosen(model: Any, train: TrainRecipe) -> list[nn.Parameter]:
-    from mixtura.hf import mixtures
-
-    if train.parameters == "all":
-        return list(model.parameters())
-    if train.parameters == "mixtures":
-        found = mixtures(model)
-        if not found:
-            raise OptionError(
-                f"train.parameters is 'mixtures', but {type(model).__name__} has none; upcycle it, or name "
-                "'feed-forward:FIRST-LAST' or 'all'"
-            )
-        return [parameter for mixture in found.values() for parameter in mixture.parameters()]
-    return [parameter for number in train.feed_forward_layers for parameter in _feed_forward(model, number)]
+    return [role.tensor for role in parameter_roles(model) if role.role == "routers"]  # type: ignore[misc]
 
 
-def _feed_forward(model: Any, number: int) -> list[nn.Parameter]:
-    from mixtura.hf import feed_forward_sites
+def _check_layers(model: Any, layers: list[int]) -> None:
+    from mixtura.hf.sites import decoder_layers
 
-    sites = feed_forward_sites(model)
-    if number >= len(sites):
-        raise OptionError(f"train.parameters names layer {number}, but the layers are 0 .. {len(sites) - 1}")
-    site = sites[number]
-    parts = [getattr(site.parent, part) for part in site.parts] if site.inline else [site.module]
-    return [parameter for part in parts for parameter in part.parameters()]
+    number = len(decoder_layers(model))
+    if wrong := [layer for layer in layers if layer >= number]:
+        raise OptionError(f"train.parameters names layer {wrong[0]}, but the layers are 0 .. {number - 1}")

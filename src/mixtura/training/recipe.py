@@ -22,7 +22,8 @@ from typing import Any, ClassVar, Literal, Self
 import yaml
 
 from mixtura.core import registry
-from mixtura.core.errors import FileFormatError, OptionError, unknown_name
+from mixtura.core.errors import FileFormatError, OptionError, UnknownNameError, unknown_name
+from mixtura.core.roles import parse
 
 VERSION = 1
 _LAYERS = re.compile(r"feed-forward:(\d+)(?:-(\d+))?")
@@ -115,7 +116,9 @@ class TrainRecipe(_Section):
         weight_decay: of matrices; never of vectors and routers.
         max_grad_norm: the gradient is scaled down to this norm; 0 leaves it.
         precision: of the products; "bfloat16" is autocast, and parameters and updates stay float32 in either.
-        parameters: "mixtures" (experts and routers), "feed-forward:24-29" (the feed-forward of these layers) or "all".
+        parameters: "mixtures" (experts, routers, shared experts), "all", "feed-forward:24-29" (what stands in the place
+            of the feed-forward in these layers), or expressions of ``mixtura.core.roles`` by comma, as
+            "layers[24:30].experts[4:8], routers".
         save_every: steps between checkpoints; 0 writes none.
         log_every: steps between two rows of the history.
     """
@@ -140,10 +143,19 @@ class TrainRecipe(_Section):
         super().__post_init__()
         if self.warmup >= self.steps:
             raise OptionError(f"train.warmup must be below train.steps = {self.steps}, got {self.warmup}")
-        if self.parameters not in ("mixtures", "all") and not self.feed_forward_layers:
+        try:
+            for expression in [] if self.feed_forward_layers else self.roles:
+                parse(expression)
+        except (OptionError, UnknownNameError) as error:
             raise OptionError(
-                f"train.parameters must be 'mixtures', 'all' or 'feed-forward:FIRST-LAST', got {self.parameters!r}"
-            )
+                f"train.parameters must be 'mixtures', 'all', 'feed-forward:FIRST-LAST' or roles, got "
+                f"{self.parameters!r}: {error}"
+            ) from None
+
+    @property
+    def roles(self) -> list[str]:
+        """Expressions that ``parameters`` names, unless it names feed-forwards by their layers."""
+        return [expression.strip() for expression in self.parameters.split(",")]
 
     @property
     def feed_forward_layers(self) -> list[int]:
