@@ -1,4 +1,4 @@
-"""Commands from a model to a model: ``upcycle``, ``export``; and ``generate``."""
+"""Commands from a model to a model: ``upcycle``, ``install``, ``export``; and ``generate``."""
 
 from __future__ import annotations
 
@@ -55,6 +55,47 @@ def upcycle(
     show(receipt, as_json=as_json, lines=lines)
 
 
+def install(
+    model: Model,
+    out: Out,
+    router: Annotated[str, typer.Option(help="Key of the method; see mixtura methods --role router.")],
+    layers: Annotated[
+        str, typer.Option(help='"all" that have native mixtures, "last:6", "first:2", "every:2", "24-29", or numbers.')
+    ] = "all",
+    start: Annotated[
+        str, typer.Option(help='"native": rows and selection of the router that is there; or "random".')
+    ] = "native",
+    allow: Annotated[list[str], typer.Option(help="Key of a method that may read later tokens.")] = [],  # noqa: B006
+    option: Annotated[list[str], typer.Option(help="NAME=VALUE for the method, may be repeated.")] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Let a router of ours decide in the native mixtures of a model, with a receipt of what changed.
+
+    Example: mixtura install OLMoE out --router aux-loss-free-bias --layers last:6 --option rate=0.001
+    """
+    from mixtura.core.files import check_new_folder
+    from mixtura.hf.install import find_router
+    from mixtura.hf.install import install as run
+    from mixtura.hf.load import load_model
+    from mixtura.hf.save import save_model
+
+    options = key_values(option)
+    find_router(router).check(options)
+    check_new_folder(out)
+
+    native, tokenizer = load_model(model)
+    made, receipt = run(native, router, layers=layers, start=start, allow=allow, **options)
+    chosen = "".join([f" --allow {key}" for key in allow] + [f" --option {pair}" for pair in option])
+    command = f"mixtura install {model} {out.name} --router {router} --layers {layers} --start {start}{chosen}"
+    save_model(made, out, tokenizer=tokenizer, parents=(model,), receipts={"install": receipt}, command=command)
+    difference, parameters = receipt["max_logit_difference"], receipt["parameters"]
+    lines = (
+        f"{out}: {router} in layers {', '.join(receipt['layers'])}, largest difference of a logit {difference:.1e}\n"
+        f"parameters {parameters['before']:,} -> {parameters['after']:,}"
+    )
+    show(receipt, as_json=as_json, lines=lines)
+
+
 def export(
     model: Model,
     out: Annotated[Path | None, typer.Argument(help="New or empty folder; none with --check.")] = None,
@@ -105,5 +146,5 @@ def generate(
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (upcycle, export, generate):
+    for command in (upcycle, install, export, generate):
         app.command()(command)

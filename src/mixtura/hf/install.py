@@ -135,7 +135,7 @@ def _build(
     if isinstance(router, str):
         known = {"dim": seen.dim, "num_experts": block.num_experts, "vocabulary": model.config.vocab_size}
         known |= native_options(model, seen.k) if start == "native" else {}
-        method = _find_router(router)
+        method = find_router(router)
         built = method(**{**{name: value for name, value in known.items() if name in method.options}, **options})
     elif options:
         raise OptionError(f"options are of a method that is named by its key, got a function and {sorted(options)}")
@@ -148,7 +148,12 @@ def _build(
     return built.train(model.training)
 
 
-def _find_router(key: str) -> registry.Method:
+def find_router(key: str) -> registry.Method:
+    """The router of that key.
+
+    Raises:
+        UnknownNameError: with the nearest key of a router.
+    """
     known = {row.key: row for row in registry.methods("router")}
     if key not in known:
         raise unknown_name("router", key, known)
