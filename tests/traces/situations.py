@@ -17,9 +17,8 @@ from pico_native import native
 
 def ours(base="llama", layers=(0, 2), k=2, **options):
     """A model of the family mixtura, over a dense or a sparse base."""
-    return spread(
-        convert(pico(base, **options), {i: Mixture(TopKRouter(32, 4, k), Experts(4, 32, 16)) for i in layers})
-    )
+    mixtures = {i: Mixture(TopKRouter(32, 4, k), Experts(4, 32, 16)) for i in layers}
+    return spread(convert(pico(base, **options), mixtures))
 
 
 def spread(model):

@@ -119,10 +119,7 @@ def test_recomputed_weights_are_those_of_the_model_for_the_experts_of_the_trace(
 def by_hand(logits, experts, spec):
     """Weights of given experts, from the definition."""
     exps = [np.exp(v) for v in logits]
-    if spec.score == "sigmoid":
-        scores = [v / (1 + v) for v in exps]
-    else:
-        scores = [v / sum(exps) for v in exps]
+    scores = [v / (1 + v if spec.score == "sigmoid" else sum(exps)) for v in exps]
     chosen = [scores[e] for e in experts]
     divided = spec.renormalize == 1 or spec.order == "topk-score"
     return [spec.scale * v / (sum(chosen) if divided else 1) for v in chosen]
@@ -181,8 +178,7 @@ def test_a_trace_that_does_not_fit_is_refused():
     with pytest.raises(OptionError, match="by layer"), replay(spread(native("mixtral")), trace):
         pass
     with pytest.raises(OptionError, match="1 calls, but the model makes another"), replay(model, trace):
-        model(x)
-        model(x)
+        _ = model(x), model(x)
     with pytest.raises(ShapeError, match="18 tokens in 2 rows, but the model is given 18 in 1"), replay(model, trace):
         model(x.reshape(1, -1))
     with pytest.raises(ShapeError, match="no decision of layer 2"), replay(model, trace.of_layer("0")):
@@ -209,7 +205,7 @@ def test_weights_of_routers_without_a_spec_are_not_recomputed():
         expected = model(tokens()).logits
     with replay(model, trace), torch.no_grad():
         assert torch.equal(model(tokens()).logits, expected)
-    with pytest.raises(NotExpressibleError, match="layer 1: .*HashRouter"), replay(model, trace, weights="recomputed"):
+    with pytest.raises(NotExpressibleError, match=r"layer 1: .*HashRouter"), replay(model, trace, weights="recomputed"):
         pass
     phi = native("phimoe")
     with capture(phi) as trace, torch.no_grad():

@@ -61,5 +61,6 @@ def _reporting(method: Callable[..., Any], report: Callable[..., None], busy: se
     return call
 
 
-def _family(cls: type) -> list[type]:
-    return [cls, *(below for child in cls.__subclasses__() for below in _family(child))]
+def _family(cls: type[Any]) -> list[type[Any]]:
+    children: list[type[Any]] = cls.__subclasses__()
+    return [cls, *(below for child in children for below in _family(child))]

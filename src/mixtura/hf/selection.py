@@ -20,13 +20,11 @@ from mixtura.core.errors import MixturaError, NotExpressibleError
 from mixtura.core.routing import Routing, dense, keep
 from mixtura.core.selection import SelectionSpec, select
 from mixtura.hf.families import selection_spec
-from mixtura.hf.native import NativeMixture, native_mixtures
+from mixtura.hf.modeling import routers
+from mixtura.hf.native import SELECTION_BIASES, NativeMixture, native_mixtures
 from mixtura.hf.sites import decoder
-from mixtura.nn.mixture import Mixture
-from mixtura.nn.routers.base import BaseRouter, Router
+from mixtura.nn.routers.base import Router
 from mixtura.nn.state import RouterState
-
-BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +87,7 @@ class LayerSelection:
         spec = self.require("this")
         if k is not None:
             spec = dataclasses.replace(spec, k=k)
-        logits_TE = routing.logits_TE
-        if torch.isnan(logits_TE[:1]).any():
-            raise NotExpressibleError(f"layer {self.layer}: its router gives no logits to select again from")
-        own_E = self.bias_E
+        logits_TE, own_E = self._known_logits(routing), self.bias_E
         if spec.order == "topk-score" and bias_E is not None:
             added_E, change = bias_E, change or (lambda choice_TE: choice_TE)
             made = select(logits_TE, spec, None, lambda choice_TE: change(choice_TE + added_E))
@@ -133,7 +128,8 @@ class LayerSelection:
         """
         if self.refusal or self.spec is None or not isinstance(self.source, NativeMixture):
             return
-        expected = select(routing.logits_TE.detach(), self.spec, self.bias_E).weights_TK.sort(-1).values
+        logits_TE = self._known_logits(routing).detach()
+        expected = select(logits_TE, self.spec, self.bias_E).weights_TK.sort(-1).values
         seen = routing.weights_TK.detach().float().sort(-1).values
         if expected.shape == seen.shape:
             rounding = max(torch.finfo(routing.weights_TK.dtype).eps, 1e-5)
@@ -142,6 +138,12 @@ class LayerSelection:
                 return
         raise NotExpressibleError(f"layer {self.layer}: its router decides otherwise than the spec of its family says")
 
+    def _known_logits(self, routing: Routing) -> torch.Tensor:
+        if torch.isnan(routing.logits_TE[:1]).any():
+            raise NotExpressibleError(f"layer {self.layer}: its router gives no logits to select again from")
+        logits_TE: torch.Tensor = routing.logits_TE
+        return logits_TE
+
 
 def layer_selections(model: nn.Module) -> dict[str, LayerSelection]:
     """How each mixture of a model selects, by its name on the tape, in the order of the layers; also under PEFT.
@@ -149,20 +151,13 @@ def layer_selections(model: nn.Module) -> dict[str, LayerSelection]:
     Args:
         model: with mixtures or routers of ours, or native ones.
     """
-    own = [module for module in model.modules() if _has_own_router(module)]
-    found = [_own(module.layer, module.router) for module in own]  # type: ignore[arg-type]
+    found = [_own(layer, router) for layer, router in routers(model).items()]
     native = native_mixtures(model)
     if native:
         spec, refusal = _native_spec(decoder(model).config)
         found += [_native(layer, mixture, spec, refusal) for layer, mixture in native.items()]
     found.sort(key=lambda selection: (int(selection.layer.split(".")[0]), selection.layer))
     return {selection.layer: selection for selection in found}
-
-
-def _has_own_router(module: nn.Module) -> bool:
-    return isinstance(module, Mixture) or (
-        isinstance(getattr(module, "router", None), BaseRouter) and hasattr(module, "layer")
-    )
 
 
 def _own(layer: str, router: Any) -> LayerSelection:
@@ -192,5 +187,5 @@ def _native_spec(config: Any) -> tuple[SelectionSpec | None, str]:
 def _native_biases(mixture: NativeMixture) -> Iterator[torch.Tensor]:
     for named in (mixture.block.named_buffers(), mixture.block.named_parameters()):
         for name, tensor in named:
-            if name.rpartition(".")[2] in BIAS_NAMES and tensor.numel() == mixture.num_experts:
+            if name.rpartition(".")[2] in SELECTION_BIASES and tensor.numel() == mixture.num_experts:
                 yield tensor.detach().reshape(-1)

@@ -57,11 +57,12 @@ class Plan:
                     raise OptionError(f"{where}: {name} must be of the experts 0 .. {E - 1}, got {expert}")
         if both := sorted(self.off & self.force):
             raise OptionError(f"{where}: expert {both[0]} cannot be in off and in force")
-        if not self.only_off:
-            spec = selection.require(", ".join(self._names))
-            self._check_selection(where, E, spec)
-        elif self.off:
-            self._check_off(where, selection)
+        if self.off and len(self.off) == E:
+            raise OptionError(f"{where}: off must leave one of the E = {E} experts")
+        if self._names:
+            self._check_selection(where, E, selection.require(", ".join(self._names)))
+        elif self.off and selection.spec is None:
+            raise NotExpressibleError(f"{where}: off needs to know how weights are normalized, but {selection.refusal}")
 
     def _check_selection(self, where: str, E: int, spec: SelectionSpec) -> None:
         left = E - len(self.off)
@@ -72,9 +73,11 @@ class Plan:
                 raise OptionError(
                     f"{where}: ranks must be different ones of 0 .. {left - 1} (E = {E}), got {list(self.ranks)}"
                 )
+        if self.k is not None and not 1 <= self.k <= left:
+            raise OptionError(
+                f"{where}: k must lie in 1 .. {left}, the experts of E = {E} that are not off, got {self.k}"
+            )
         k = self.slots(spec)
-        if not 1 <= k <= left:
-            raise OptionError(f"{where}: k must lie in 1 .. {left}, the experts of E = {E} that are not off, got {k}")
         if len(self.force) > k:
             raise OptionError(f"{where}: force must name at most k = {k} experts, got {len(self.force)} of E = {E}")
         if spec.p is not None and spec.p < 1 and (self.ranks is not None or self.force):
@@ -85,19 +88,6 @@ class Plan:
             dataclasses.replace(spec, k=k).check_experts(E)
         except OptionError as error:
             raise OptionError(f"{where}: {error}") from None
-
-    def _check_off(self, where: str, selection: LayerSelection) -> None:
-        if selection.spec is None:
-            raise NotExpressibleError(f"{where}: off needs to know how weights are normalized, but {selection.refusal}")
-        if len(self.off) == selection.num_experts:
-            raise OptionError(f"{where}: off must leave one of the E = {selection.num_experts} experts")
-        if not selection.refusal:
-            self._check_selection(where, selection.num_experts, selection.spec)
-
-    @property
-    def only_off(self) -> bool:
-        """Whether nothing but ``off`` is asked for, if anything."""
-        return self.k is None and self.ranks is None and not self.bias and not self.force
 
     @property
     def _names(self) -> list[str]:

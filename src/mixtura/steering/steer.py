@@ -108,7 +108,7 @@ class _Steering(Listener):
         plan, selection = self.plans.get(layer), self.selections[layer]
         if plan is None or not plan.changes(selection):
             return routing
-        if layer not in self.checked:
+        if layer not in self.checked and state.edits[0] == self.edit:  # the decision is the model's own
             selection.check(routing)
             self.checked.add(layer)
         return plan.decide(selection, state, routing)

@@ -167,7 +167,7 @@ class _Recorder(Listener):
 
 
 def _why_unseen(model: nn.Module) -> str:
-    config = decoder(model).config
+    config: Any = decoder(model).config
     if not any((getattr(config, name, 0) or 0) > 1 for name in EXPERT_COUNTS):
         return f"{type(model).__name__} has no mixture that capture could see"
     return (

@@ -96,7 +96,7 @@ def _fitting(model: nn.Module, trace: Trace) -> dict[str, LayerSelection]:
 
 
 class _Player(Listener):
-    """Gives every call an edit of its own, so that recomputation and several forwards meet the decisions of their call."""
+    """Gives every call an edit of its own, so that recomputation meets the decisions of its call."""
 
     def __init__(
         self, selections: Mapping[str, LayerSelection], source: _ByCall | _ByPosition, recomputed: bool

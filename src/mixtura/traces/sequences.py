@@ -196,4 +196,5 @@ class Sequences(CacheWatcher):
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()
+    array: np.ndarray = tensor.detach().cpu().numpy()
+    return array

@@ -139,7 +139,8 @@ class Trace:
     def _logits_at(self, rows: np.ndarray, layer: str) -> np.ndarray:
         first = (self.layer == self.layers.index(layer)) & (self.slot == 0)
         token = np.where(first, np.cumsum(first) - 1, -1)[rows]
-        return self.logits[layer][token[token >= 0]]
+        logits_TE: np.ndarray = self.logits[layer][token[token >= 0]]
+        return logits_TE
 
     def of_layer(self, layer: str) -> Trace:
         """The rows of one layer.
