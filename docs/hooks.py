@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import runpy
 import sys
@@ -153,6 +154,20 @@ def _not_expressible() -> str:
     return _table(("model_type", "why"), ((f"`{name}`", why) for name, why in sorted(families._OUTSIDE.items())))
 
 
+def _native_families() -> str:
+    facts = json.loads((ROOT / "docs" / "native_families.json").read_text(encoding="utf-8"))
+    rows = (
+        (f"`{name}`", f"`{row['same']}`" if row["same"] else "") for name, row in facts.items() if not row["refused"]
+    )
+    return _table(("model_type", "its own router is"), rows)
+
+
+def _outside_contract() -> str:
+    from mixtura.hf.contract import OUTSIDE
+
+    return _table(("model_type", "why"), ((f"`{name}`", why) for name, why in sorted(OUTSIDE.items())))
+
+
 def _targets() -> str:
     from mixtura.hf.capabilities import TARGETS, Target
 
@@ -190,6 +205,8 @@ TABLES = {
     "bases": _bases,
     "selections": _selections,
     "not-expressible": _not_expressible,
+    "native-families": _native_families,
+    "outside-contract": _outside_contract,
     "targets": _targets,
     "sources": _sources,
     "domains": _domains,

@@ -11,6 +11,9 @@ from mixtura.hf import record
 from mixtura.hf.contract import OUTSIDE as REASONS
 from mixtura.hf.install import install
 from mixtura.hf.modeling import routers
+from mixtura.hf.native import native_mixtures
+from mixtura.traces.capture import capture
+from mixtura.traces.replay import replay
 from pico_native import FAMILIES, OUTSIDE, facts, logits, native, reloaded, tokens
 
 FACTS = json.loads((Path(__file__).parents[2] / "docs" / "native_families.json").read_text(encoding="utf-8"))
@@ -64,6 +67,21 @@ def test_installed_saved_and_loaded_bit_equal(model_type, tmp_path):
     assert [record.layer for record in states[0].tape.records] == list(routers(model))
     for _, routing in states[0].tape.records:
         assert torch.equal(routing.indices_TK[:, 0] == routing.num_experts, mask.reshape(-1) == 0)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_replayed_bit_equal(model_type):
+    """Also where the routers have forgotten what they learned."""
+    model, x = native(model_type), tokens()
+    with capture(model) as trace:
+        before = logits(model, x)
+    if model_type in INSTALLABLE:  # the others give their blocks more than the decision
+        for block in native_mixtures(model).values():
+            for parameter in block.router.parameters():
+                torch.nn.init.normal_(parameter)
+        assert not torch.equal(logits(model, x), before)
+    with replay(model, trace):
+        assert torch.equal(logits(model, x), before)
 
 
 @pytest.mark.parametrize("model_type", sorted(name for name, row in FACTS.items() if row["refused"]))

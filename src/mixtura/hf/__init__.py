@@ -1,7 +1,7 @@
 """transformers: the family ``mixtura``, backends, structure, loading, export. Importing this registers all of them."""
 
 from mixtura.hf.forward import record
-from mixtura.hf.modeling import MixturaConfig, convert, family, mixtures
+from mixtura.hf.modeling import MixturaConfig, convert, family, mixtures, routers
 from mixtura.hf.sites import FeedForwardWeights, Site, feed_forward_sites
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "feed_forward_sites",
     "mixtures",
     "record",
+    "routers",
 ]
