@@ -1,6 +1,8 @@
 """One expert more, some fewer: what is promised holds, rows and stacks follow, and the rest is untouched."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -371,6 +373,13 @@ def test_wrong_options_are_named_and_leave_the_model_alone(change, message):
     with pytest.raises(OptionError, match=message):
         change(model)
     assert torch.equal(logits(model), before)
+
+
+def test_the_list_of_methods_needs_no_transformers():
+    """Surgeries lie in a folder that the registry imports whole."""
+    code = "import sys; from mixtura.core import registry; registry.methods(); print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_frozen_experts_are_not_let_go_in_silence():

@@ -15,7 +15,6 @@ from torch import nn
 
 from mixtura.core import registry
 from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError
-from mixtura.hf.frozen_rows import frozen_rows
 
 New: TypeAlias = Callable[[str, tuple[torch.Tensor, ...]], torch.Tensor]
 
@@ -60,6 +59,8 @@ def _rebuilt(module: nn.Module, more: int, options: dict[str, Any]) -> nn.Module
 
 
 def _check_free(module: nn.Module, name: str) -> None:
+    from mixtura.hf.frozen_rows import frozen_rows
+
     place, _, attribute = name.rpartition(".")
     if frozen_rows(module.get_submodule(place), attribute):
         raise OptionError(f"some experts of {name} are frozen: unfreeze them, and freeze again afterwards")
