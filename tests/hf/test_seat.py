@@ -119,6 +119,16 @@ def test_the_block_gets_the_triple_that_it_expects():
     assert not weights_TK[~filled_TK].any()
 
 
+def test_weights_of_experts_that_the_block_has_not_are_0():
+    seat = Seat(AdaMoERouter(8, E, 3, 2), E, "0")
+    absent_TK, ones_TK = torch.full((6, 2), E + 1), torch.ones(6, 2)
+    state = RouterState(edits=[lambda state, layer, routing: Routing(routing.logits_TE, ones_TK, absent_TK)])
+    with use_state(state):
+        _, weights_TK, indices_TK = seat(torch.randn(6, 8))
+    assert not weights_TK.any()
+    assert (indices_TK == E - 1).all()
+
+
 def test_a_router_sees_the_mixture_before_it():
     model = installed("gating-residual", k=2)
     with record(model) as states:
