@@ -1,0 +1,24 @@
+"""Gaussian mixtures with scikit-learn's interface: 14 covariance families, weights, missing values, labels, streams."""
+
+from mixtura.density.batch import GaussianMixtureBatch
+from mixtura.density.constraints import FixedMeans, MaxConditionNumber, MinWeight, SharedCovariance, TiedWeights
+from mixtura.density.errors import SingularComponentError
+from mixtura.density.families import FAMILIES
+from mixtura.density.gaussian_mixture import GaussianMixture
+from mixtura.density.links import CannotLink, MustLink
+from mixtura.density.priors import NIW
+
+__all__ = [
+    "FAMILIES",
+    "NIW",
+    "CannotLink",
+    "FixedMeans",
+    "GaussianMixture",
+    "GaussianMixtureBatch",
+    "MaxConditionNumber",
+    "MinWeight",
+    "MustLink",
+    "SharedCovariance",
+    "SingularComponentError",
+    "TiedWeights",
+]

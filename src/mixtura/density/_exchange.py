@@ -1,0 +1,185 @@
+"""In and out: parameters, scikit-learn's own mixtures, files. D columns, K components."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.mixture import GaussianMixture as SklearnMixture
+from sklearn.utils.validation import check_is_fitted
+
+from mixtura.core.errors import FileFormatError, OptionError, ShapeError
+from mixtura.core.files import write_file
+from mixtura.density._base import MixtureBase
+from mixtura.density._checks import as_numpy
+from mixtura.density._parameters import precision_roots
+from mixtura.density.families import ALIASES, find_family
+from mixtura.density.priors import NIW
+
+Floats = NDArray[np.floating]
+FORMAT = "mixtura.density/1"
+STATE = ("weights_", "means_", "_covariances")
+SKLEARN_TYPES = {family: alias for alias, family in ALIASES.items()}
+
+
+class Exchange(MixtureBase):
+    """Mixtures from parameters, from and to scikit-learn, from and to files."""
+
+    @classmethod
+    def from_parameters(cls, weights: Any, means: Any, covariances: Any, *, covariance: str | None = None) -> Self:
+        """A fitted mixture of known parameters; it can be sampled, queried, and fitted on with ``warm_start``.
+
+        Args:
+            weights: (K,) that sum to 1.
+            means: (K, D)
+            covariances: (K, D, D), or variances (K, D).
+            covariance: the family, by default VVV, or VVI for variances.
+
+        Raises:
+            ShapeError: if shapes disagree.
+            OptionError: if weights are not weights.
+            SingularComponentError: if a covariance is not positive definite.
+        """
+        weights_K, means_KD, given = (np.asarray(as_numpy(one), dtype=float) for one in (weights, means, covariances))
+        family = find_family(covariance or ("VVI" if given.ndim == 2 else "VVV"))
+        K, D = len(weights_K), means_KD.shape[-1]
+        if weights_K.ndim != 1 or means_KD.shape != (K, D) or given.shape not in ((K, D), (K, D, D)):
+            raise ShapeError(
+                f"weights, means and covariances must be (K,), (K, D) and (K, D, D) or (K, D), got {weights_K.shape}, "
+                f"{means_KD.shape}, {given.shape}"
+            )
+        if not (weights_K >= 0).all() or not np.isclose(weights_K.sum(), 1):
+            raise OptionError(f"weights must not be negative and sum to 1, got {weights_K.tolist()}")
+        if not np.isfinite(means_KD).all():
+            raise OptionError("means must be finite")
+        self = cls(K, covariance=family.name)  # type: ignore[call-arg]
+        if family.diagonal != (given.ndim == 2):
+            given = np.diagonal(given, 0, 1, 2) if given.ndim == 3 else given[:, :, None] * np.eye(D)
+        precision_roots(given)
+        self.weights_, self.means_, self._covariances = weights_K, means_KD, given.copy()
+        self.noise_weight_, self.noise_log_density_, self.n_features_in_ = 0.0, None, D
+        return self
+
+    @classmethod
+    def from_sklearn(cls, mixture: SklearnMixture) -> Self:
+        """The same mixture as a fitted one of scikit-learn."""
+        check_is_fitted(mixture)
+        K, D = mixture.means_.shape
+        given = mixture.covariances_
+        if mixture.covariance_type == "spherical":
+            given = np.repeat(given[:, None], D, 1)
+        if mixture.covariance_type == "tied":
+            given = np.repeat(given[None], K, 0)
+        self = cls.from_parameters(mixture.weights_, mixture.means_, given, covariance=mixture.covariance_type)
+        return self.set_params(covariance=mixture.covariance_type, reg_covar=mixture.reg_covar)
+
+    def to_sklearn(self) -> SklearnMixture:
+        """The same mixture as a fitted one of scikit-learn; families that it does not have become "full".
+
+        Raises:
+            OptionError: if there is a noise component, which it cannot express.
+        """
+        check_is_fitted(self)
+        if self.noise_log_density_ is not None:
+            raise OptionError("scikit-learn has no noise component")
+        kind = SKLEARN_TYPES.get(find_family(self.covariance).name, "full")  # type: ignore[attr-defined]
+        out = SklearnMixture(len(self.weights_), covariance_type=kind)
+        full_KDD = self.covariances_
+        roots_KDD = precision_roots(full_KDD)
+        pick = {
+            "full": lambda of: of,
+            "tied": lambda of: of[0],
+            "diag": lambda of: np.diagonal(of, 0, 1, 2).copy(),
+            "spherical": lambda of: of[:, 0, 0].copy(),
+        }[kind]
+        out.weights_, out.means_, out.n_features_in_ = self.weights_.copy(), self.means_.copy(), self.means_.shape[1]
+        out.covariances_, out.precisions_cholesky_ = pick(full_KDD), pick(roots_KDD)
+        out.precisions_ = pick(roots_KDD @ roots_KDD.swapaxes(1, 2))
+        out.converged_, out.n_iter_, out.lower_bound_ = True, 0, -np.inf
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write parameters and options to one safetensors file, whole or not at all.
+
+        Raises:
+            OptionError: if there are constraints or a random generator among the options, which are not kept in files.
+        """
+        from safetensors.numpy import save_file
+
+        check_is_fitted(self)
+        tensors = {name.strip("_"): np.ascontiguousarray(getattr(self, name)) for name in STATE}
+        about = {
+            "format": FORMAT,
+            "class": type(self).__name__,
+            "options": json.dumps(_options(self, tensors)),
+            "noise": json.dumps([self.noise_weight_, self.noise_log_density_]),
+            "columns": json.dumps([str(name) for name in getattr(self, "feature_names_in_", [])]),
+        }
+        with write_file(Path(path)) as partial:
+            save_file(tensors, partial, metadata=about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileFormatError: if the file is not one of a mixture of this class.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "np") as file:
+                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise FileFormatError(f"{str(path)!r} is not a safetensors file: {error}") from error
+        if about.get("format") != FORMAT or about.get("class") != cls.__name__:
+            raise FileFormatError(f"{str(path)!r} holds no {cls.__name__} of format {FORMAT}")
+        try:
+            return cls._restore(about, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{str(path)!r} is damaged: {error}") from error
+
+    @classmethod
+    def _restore(cls, about: dict[str, str], tensors: dict[str, Floats]) -> Self:
+        options = json.loads(about["options"])
+        if options.get("init") == {"tensor": "init"}:
+            options["init"] = tensors["init"]
+        if options.get("prior") is not None:
+            options["prior"] = NIW(**options["prior"])
+        weights, means, covariances = (tensors[name.strip("_")] for name in STATE)
+        noise_weight, noise_log_density = json.loads(about["noise"])
+        kept = cls.from_parameters(weights / weights.sum(), means, covariances, covariance=options["covariance"])
+        self = kept.set_params(**options)
+        self.weights_, self.noise_weight_, self.noise_log_density_ = weights, noise_weight, noise_log_density
+        columns = json.loads(about["columns"])
+        if columns:
+            self.feature_names_in_ = np.asarray(columns, dtype=object)
+        return self
+
+
+def _options(mixture: Any, tensors: dict[str, Floats]) -> dict[str, Any]:
+    """Options that JSON can hold; an array to start from goes among the tensors."""
+    options = mixture.get_params(deep=False)
+    if options["constraints"] is not None:
+        raise OptionError("constraints are not kept in files; set constraints=None before save")
+    if not isinstance(options["init"], str):
+        tensors["init"], options["init"] = np.ascontiguousarray(options["init"]), {"tensor": "init"}
+    if options["prior"] is not None:
+        prior = dataclasses.asdict(options["prior"])
+        options["prior"] = {
+            name: value.tolist() if hasattr(value, "tolist") else value for name, value in prior.items()
+        }
+    try:
+        return json.loads(json.dumps(options, default=_number))
+    except TypeError as error:
+        raise OptionError(f"an option cannot be kept in a file: {error}") from error
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not a number or a word")

@@ -1,0 +1,221 @@
+"""Gaussian mixtures by expectation and maximization. N rows, D columns, K components."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+
+from mixtura.core.errors import OptionError
+from mixtura.density import _init
+from mixtura.density._base import MixtureBase
+from mixtura.density._checks import check_number, check_rows, check_whole_number
+from mixtura.density._em import Fit, climb, expectation, fill_means, moments_of
+from mixtura.density._exchange import Exchange
+from mixtura.density._maximize import Model, maximize
+from mixtura.density._noise import FIRST_WEIGHT, log_uniform_density
+from mixtura.density._parameters import Parameters, Scores, safe_log, scores_of
+from mixtura.density._queries import Queries
+from mixtura.density._rows import Rows
+from mixtura.density._statistics import Statistics
+from mixtura.density._streaming import Streaming
+from mixtura.density.constraints import check_constraints
+from mixtura.density.families import find_family
+from mixtura.density.links import Link, find_links
+from mixtura.density.priors import NIW
+
+Floats = NDArray[np.floating]
+ALGORITHMS = ("auto", "gemm", "cholesky")
+
+
+class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
+    """A mixture of Gaussians: 14 covariance families, row weights, missing values, partial labels, priors, constraints.
+
+    Args:
+        n_components: K.
+        covariance: one of mclust's 14 families ("EII" ... "VVV": volume, shape and orientation are Equal, Variable or
+            the Identity), or scikit-learn's "full" (VVV), "tied" (EEE), "diag" (VVI), "spherical" (VII).
+        reg_covar: added to the diagonal of covariances.
+        prior: ``NIW`` on means and covariances, or None for maximum likelihood.
+        init: "kmeans", "whitened-kmeans", "hierarchical", "random", or responsibilities (N, K) or components (N,).
+        n_init: starts, of which the likeliest result is kept.
+        max_iter: iterations at most.
+        tol: of the mean log likelihood, where iteration ends.
+        weight_concentration: of a Dirichlet prior on the weights, at least 1, or None for maximum likelihood.
+        noise_component: whether one more component is uniform over the region of the data; rows of it are -1.
+        constraints: one or several objects of ``mixtura.density.constraints`` and ``mixtura.density.links``.
+        algorithm: "gemm" for two matrix products a step, "cholesky" for one factor after the other, "auto" for the
+            faster one that keeps enough digits.
+        batch_size: rows worked on at once, or None for what fits a core's cache; it changes speed, not results.
+        random_state: seed or ``RandomState`` of the start.
+        warm_start: whether ``fit`` goes on from the parameters that are there.
+
+    Attributes:
+        weights_: (K,)
+        means_: (K, D)
+        covariances_: (K, D, D)
+        n_iter_: iterations of the best start.
+        converged_: whether they ended by ``tol``.
+        lower_bound_: mean log likelihood of a row in the last expectation step, plus the log prior per row.
+        lower_bounds_: the same of every iteration.
+        noise_weight_: weight of the noise component, 0 without one.
+        noise_log_density_: its log density, None without one.
+        n_features_in_: D.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        covariance: str = "VVV",
+        reg_covar: float = 1e-6,
+        prior: NIW | None = None,
+        init: Any = "kmeans",
+        n_init: int = 1,
+        max_iter: int = 200,
+        tol: float = 1e-3,
+        weight_concentration: float | None = None,
+        noise_component: bool = False,
+        constraints: Any = None,
+        algorithm: str = "auto",
+        batch_size: int | None = None,
+        random_state: Any = None,
+        warm_start: bool = False,
+    ) -> None:
+        self.n_components = n_components
+        self.covariance = covariance
+        self.reg_covar = reg_covar
+        self.prior = prior
+        self.init = init
+        self.n_init = n_init
+        self.max_iter = max_iter
+        self.tol = tol
+        self.weight_concentration = weight_concentration
+        self.noise_component = noise_component
+        self.constraints = constraints
+        self.algorithm = algorithm
+        self.batch_size = batch_size
+        self.random_state = random_state
+        self.warm_start = warm_start
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, noise_cov: Any = None) -> Self:
+        """Fit by EM.
+
+        Args:
+            X: (N, D); NaN where a value is missing at random.
+            y: component of each row, -1 where unknown, (N,); or probabilities of components, (N, K). What cannot be
+                labels of these components is ignored with a warning.
+            sample_weight: (N,) not negative; a weight of 2 is the row twice.
+            noise_cov: variances (N, D) or covariances (N, D, D) of known noise of each row (extreme deconvolution).
+
+        Raises:
+            SingularComponentError: if a component collapses.
+            OptionError, ShapeError: naming the argument.
+        """
+        K = self._check_options()
+        rows = check_rows(self, X, y, sample_weight, noise_cov, K=K)
+        model = self._model(rows)
+        self.noise_log_density_ = log_uniform_density(rows) if self.noise_component else None
+        rng = check_random_state(self.random_state)
+        if self.warm_start and hasattr(self, "weights_"):
+            starts = [self._warm(rows)]
+        else:
+            starts = (self._start(rows, model, rng) for _ in range(self.n_init))
+        best = max((self._climb(rows, model, start) for start in starts), key=lambda fit: fit.lower_bound)
+        self._keep(best)
+        return self
+
+    def _check_options(self) -> int:
+        check_whole_number("n_init", self.n_init, 1)
+        check_whole_number("max_iter", self.max_iter, 0)
+        check_number("tol", self.tol, 0)
+        check_number("reg_covar", self.reg_covar, 0)
+        if self.algorithm not in ALGORITHMS:
+            raise OptionError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
+        if self.batch_size is not None:
+            check_whole_number("batch_size", self.batch_size, 1)
+        if self.weight_concentration is not None:
+            check_number("weight_concentration", self.weight_concentration, 1)
+        return check_whole_number("n_components", self.n_components, 1)
+
+    def _model(self, rows: Rows) -> Model:
+        constraints = check_constraints(self.constraints, self.n_components, rows.D)
+        self._links = find_links(constraints, rows.N)
+        if self._links is not None and (self.noise_component or rows.incomplete or rows.noise is not None):
+            raise OptionError("links of rows go with neither noise_component, missing values nor noise_cov")
+        prior = self.prior
+        if prior is not None:
+            one = moments_of(fill_means(rows), np.zeros(rows.N, np.intp), 1, diagonal=False)
+            prior = prior.resolve(one.reference_KD[0], one.second[0] / one.count_K[0], self.n_components)
+        on_parameters = [constraint for constraint in constraints if not isinstance(constraint, Link)]
+        family = find_family(self.covariance)
+        return Model(family, self.reg_covar, prior, self.weight_concentration, on_parameters)
+
+    def _warm(self, rows: Rows) -> Parameters:
+        if self.means_.shape != (self.n_components, rows.D):
+            raise OptionError(
+                f"warm_start goes on from means of shape {self.means_.shape}, not ({self.n_components}, {rows.D})"
+            )
+        diagonal = find_family(self.covariance).diagonal
+        covariances = np.diagonal(self.covariances_, 0, 1, 2) if diagonal else self.covariances_
+        noise_weight = self.noise_weight_ or (FIRST_WEIGHT if self.noise_component else 0.0)
+        weights_K = self.weights_ / self.weights_.sum() * (1 - noise_weight)
+        return Parameters(weights_K, self.means_, covariances, noise_weight)
+
+    def _start(self, rows: Rows, model: Model, rng: np.random.RandomState) -> Parameters:
+        given = _init.start(self.init, rows, self.n_components, rng)
+        return self._first_step(rows, model, given)
+
+    def _first_step(self, rows: Rows, model: Model, given: NDArray[Any]) -> Parameters:
+        statistics = moments_of(fill_means(rows), given, self.n_components, diagonal=model.family.diagonal)
+        parameters = maximize(statistics, model)
+        if not self.noise_component:
+            return parameters
+        return parameters.with_(weights_K=parameters.weights_K * (1 - FIRST_WEIGHT), noise_weight=FIRST_WEIGHT)
+
+    def _expectation(self, rows: Rows, parameters: Parameters) -> Statistics:
+        log_noise = None
+        if self.noise_log_density_ is not None:
+            log_noise = float(self.noise_log_density_ + safe_log(np.float64(parameters.noise_weight)))
+        links = self._links and partial(self._links.adjust, log_weights_K=safe_log(parameters.weights_K))
+        scores = scores_of(parameters)
+        return expectation(rows, scores, algorithm=self.algorithm, log_noise=log_noise, links=links)
+
+    def _climb(self, rows: Rows, model: Model, start: Parameters) -> Fit:
+        def bound(statistics: Statistics, parameters: Parameters) -> float:
+            extra = 0.0 if model.prior is None else model.prior.log_density(parameters)
+            if model.weight_concentration is not None:
+                extra += (model.weight_concentration - 1) * float(safe_log(parameters.weights_K).sum())
+            return statistics.mean_log_likelihood + extra / statistics.weight
+
+        def update(statistics: Statistics, parameters: Parameters) -> Parameters:
+            return maximize(statistics, model, parameters)
+
+        step = partial(self._expectation, rows)
+        fit = climb(step, update, start, max_iter=self.max_iter, tol=self.tol, bound=bound)
+        scores_of(fit.parameters)  # a component that collapsed in the last step is named here
+        return fit
+
+    def _keep(self, fit: Fit) -> None:
+        if not fit.converged:
+            warnings.warn(
+                f"EM stopped after max_iter={self.max_iter} iterations before the log likelihood moved by less than "
+                f"tol={self.tol}",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        self._set_parameters(fit.parameters)
+        self.n_iter_, self.converged_ = fit.n_iter, fit.converged
+        self.lower_bound_, self.lower_bounds_ = fit.lower_bound, fit.lower_bounds
+
+    def _set_parameters(self, parameters: Parameters) -> None:
+        self.weights_, self.means_ = parameters.weights_K, parameters.means_KD
+        self._covariances, self.noise_weight_ = parameters.covariances, parameters.noise_weight
+
+    def _scores(self) -> Scores:
+        return scores_of(self.parameters_)
