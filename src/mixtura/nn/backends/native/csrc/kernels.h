@@ -1,0 +1,278 @@
+// Experts on rows as they lie in memory: nothing is packed, nothing is held twice.
+//
+// T tokens, D width, E experts, K slots a token, F expert width. A task of the first phase is some hidden units of one
+// expert for all of its tokens; a task of the second is some output columns of all experts, so that every output is
+// summed by one thread in the order of the experts: the same bits for any number of threads.
+//
+// A tile is 4 rows of weights times up to M rows of tokens. Both run along the same axis in memory, so a tile needs 4 + M
+// loads for 4 M products of vectors, without packing either.
+#pragma once
+#include <omp.h>
+
+#include "plan.h"
+#include "vectors.h"
+
+namespace MIXTURA_ISA {
+
+using i64 = int64_t;
+constexpr i64 UNITS = 64;         // hidden units of a task of the first phase
+constexpr i64 BLOCK = 256 << 10;  // bytes of tokens that stay in the second-level cache
+
+inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
+inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
+
+template <class T> struct Tile {
+  static constexpr int M = MIXTURA_TILE_M;
+};
+#if !defined(MIXTURA_BF16_PAIRS)
+template <> struct Tile<bf16> {
+  static constexpr int M = MIXTURA_TILE_M_WIDENED;
+};
+#endif
+
+// c[m][n] = sum over k of a[m][k] b[n][k]
+template <class T, int M> void dot_tile(const T *const *b, const T *const *a, i64 K, float (*c)[4]) {
+  V sum[4 * M] = {};
+  i64 k = 0;
+  for (; k + Pack<T>::STEP <= K; k += Pack<T>::STEP) {
+    Pack<T> b0(b[0] + k), b1(b[1] + k), b2(b[2] + k), b3(b[3] + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      Pack<T> x(a[m] + k);
+      sum[4 * m] = Pack<T>::mac(sum[4 * m], x, b0);
+      sum[4 * m + 1] = Pack<T>::mac(sum[4 * m + 1], x, b1);
+      sum[4 * m + 2] = Pack<T>::mac(sum[4 * m + 2], x, b2);
+      sum[4 * m + 3] = Pack<T>::mac(sum[4 * m + 3], x, b3);
+    }
+  }
+  constexpr int ROWS = M >= 4 && W >= 16 ? 4 : M >= 2 && W >= 8 ? 2 : 1;  // of c, whose sums fit into a vector
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m += ROWS) {
+    V part[4 * ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < 4 * ROWS; i++) part[i] = 4 * m + i < 4 * M ? sum[4 * m + i] : V{};
+    V total = sums<4 * ROWS>(part);
+    std::memcpy(c[m], &total, sizeof(float) * 4 * (m + ROWS <= M ? ROWS : M - m));
+  }
+  for (; k < K; k++)
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < 4; n++) c[m][n] += load1(a[m] + k) * load1(b[n] + k);
+}
+
+// The same for few tokens, one row of weights after the other: what memory delivers is the limit, and one stream is the
+// fastest. Sums are taken in the order of dot_tile, so that a token comes out the same to the bit whatever is computed
+// beside it.
+template <class T, int M> void dot_rows(const T *const *b, const T *const *a, i64 K, float (*c)[4]) {
+  for (int n = 0; n < 4; n++) {
+    V sum[M] = {};
+    i64 k = 0;
+#pragma GCC unroll 4
+    for (; k + Pack<T>::STEP <= K; k += Pack<T>::STEP) {
+      __builtin_prefetch((const char *)(b[n] + k) + 1024, 0, 2);
+      Pack<T> row(b[n] + k);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) sum[m] = Pack<T>::mac(sum[m], Pack<T>(a[m] + k), row);
+    }
+    for (int m = 0; m < M; m++) c[m][n] = sums<1>(sum + m)[0];
+    for (; k < K; k++)
+      for (int m = 0; m < M; m++) c[m][n] += load1(a[m] + k) * load1(b[n] + k);
+  }
+}
+
+template <class T> void dots(const T *const *b, const T *const *a, i64 M, i64 K, float (*c)[4]) {
+  constexpr int FULL = Tile<T>::M;
+  switch (M) {
+    case 1: return dot_rows<T, 1>(b, a, K, c);
+    case 2: return dot_rows<T, 2>(b, a, K, c);
+    case 3: return dot_rows<T, (FULL < 3 ? FULL : 3)>(b, a, K, c);
+    case 4: return dot_tile<T, (FULL < 4 ? FULL : 4)>(b, a, K, c);
+    case 5: return dot_tile<T, (FULL < 5 ? FULL : 5)>(b, a, K, c);
+    default: return dot_tile<T, FULL>(b, a, K, c);
+  }
+}
+
+// c[m][0 .. 2W) = sum over k of a[m][k] b[k][0 .. 2W), for weights that are stored (in, out)
+template <class T, int M> void spread_tile(const T *b, i64 stride, const T *const *a, i64 K, float (*c)[2 * W]) {
+  V sum[2 * M] = {};
+  for (i64 k = 0; k < K; k++) {
+    V b0 = load(b + k * stride), b1 = load(b + k * stride + W);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      V x = set(load1(a[m] + k));
+      sum[2 * m] += x * b0;
+      sum[2 * m + 1] += x * b1;
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    store(c[m], sum[2 * m]);
+    store(c[m] + W, sum[2 * m + 1]);
+  }
+}
+
+// The weights of one expert's projection: row n of (N, K), or column n of (K, N).
+template <class T> struct Projection {
+  const T *weight, *bias;
+  i64 N, K;
+  bool transposed;
+
+  // c[m][i] = bias[n + i] + sum over k of a[m][k] weight[n + i][k], for i < count <= 2W
+  void operator()(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
+    if (!transposed)
+      rows(n, count, a, M, c);
+    else if (count == 2 * W)
+      columns(n, a, M, c);
+    else
+      single_columns(n, count, a, M, c);
+    if (bias)
+      for (i64 m = 0; m < M; m++)
+        for (i64 i = 0; i < count; i++) c[m][i] += load1(bias + n + i);
+  }
+
+  void rows(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
+    for (i64 i = 0; i < count; i += 4) {
+      const T *b[4];
+      float part[Tile<T>::M][4];
+      for (i64 j = 0; j < 4; j++) b[j] = weight + (n + least(i + j, count - 1)) * K;  // beyond the end: the last again
+      dots<T>(b, a, M, K, part);
+      for (i64 m = 0; m < M; m++)
+        for (i64 j = 0; j < 4 && i + j < count; j++) c[m][i + j] = part[m][j];
+    }
+  }
+
+  void columns(i64 n, const T *const *a, i64 M, float (*c)[2 * W]) const {
+    if (M == Tile<T>::M) return spread_tile<T, Tile<T>::M>(weight + n, N, a, K, c);
+    for (i64 m = 0; m < M; m++) spread_tile<T, 1>(weight + n, N, a + m, K, c + m);
+  }
+
+  void single_columns(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
+    for (i64 m = 0; m < M; m++) {
+      for (i64 i = 0; i < count; i++) c[m][i] = 0;
+      for (i64 k = 0; k < K; k++)
+        for (i64 i = 0; i < count; i++) c[m][i] += load1(a[m] + k) * load1(weight + k * N + n + i);
+    }
+  }
+};
+
+inline V activate(int kind, V x) {
+  switch (kind) {
+    case MIXTURA_SILU: return x * sigmoid(x);
+    case MIXTURA_GELU: return .5f * x * (1.f + erf(x * .707106781f));
+    case MIXTURA_GELU_TANH: return .5f * x * (1.f + tanh(.797884561f * (x + .044715f * x * x * x)));
+    case MIXTURA_QUICK_GELU: return x * sigmoid(1.702f * x);
+    case MIXTURA_RELU: return max(x, V{});
+    case MIXTURA_RELU2: return max(x, V{}) * max(x, V{});
+    default: return x;
+  }
+}
+
+inline V combine(const mixtura_experts &e, V gate, V up) {
+  if (e.activation != MIXTURA_CLAMPED_SWIGLU) return activate(e.activation, gate) * up;
+  gate = min(gate, set(e.limit));
+  up = min(max(up, set(-e.limit)), set(e.limit));
+  return (up + 1.f) * gate * sigmoid(e.alpha * gate);
+}
+
+template <class T> struct Call {
+  const mixtura_plan &plan;
+  const mixtura_experts &e = plan.experts;
+  const i64 D = e.dim, F = e.width, C = e.gated ? 2 * F : F;
+  static constexpr i64 TILE = Tile<T>::M;
+
+  Projection<T> first(i64 x) const {
+    const T *bias = e.first_bias ? (const T *)e.first_bias + x * C : nullptr;
+    return {(const T *)e.first + x * C * D, bias, C, D, e.transposed != 0};
+  }
+
+  Projection<T> down(i64 x) const {
+    const T *bias = e.down_bias ? (const T *)e.down_bias + x * D : nullptr;
+    return {(const T *)e.down + x * D * F, bias, D, F, e.transposed != 0};
+  }
+
+  // Hidden units from .. to of expert x for all of its tokens; blocks of tokens stay in the cache.
+  void first_phase(i64 x, i64 from, i64 to) const {
+    const Projection<T> project = first(x);
+    const i64 begin = plan.first[x], end = plan.first[x + 1];
+    const i64 block = most(TILE, BLOCK / (D * (i64)sizeof(T)) / TILE * TILE);
+    for (i64 b = begin; b < end; b += block)
+      for (i64 f = from; f < to; f += W)
+        for (i64 m = b; m < least(end, b + block); m += TILE) {
+          const T *a[TILE];
+          const i64 M = least(TILE, least(end, b + block) - m);
+          for (i64 i = 0; i < M; i++) a[i] = (const T *)plan.hidden + plan.order[m + i] / plan.K * D;
+          units(project, a, M, f, least(W, to - f), (T *)plan.inner + m * F + f);
+        }
+  }
+
+  void units(const Projection<T> &project, const T *const *a, i64 M, i64 f, i64 n, T *result) const {
+    float gate[TILE][2 * W] = {}, up[TILE][2 * W] = {};
+    if (e.gated && e.interleaved) {
+      float both[TILE][2 * W];
+      project(2 * f, 2 * n, a, M, both);
+      for (i64 m = 0; m < M; m++)
+        for (i64 i = 0; i < n; i++) gate[m][i] = both[m][2 * i], up[m][i] = both[m][2 * i + 1];
+    } else {
+      project(f, n, a, M, gate);
+      if (e.gated) project(F + f, n, a, M, up);
+    }
+    for (i64 m = 0; m < M; m++) {
+      V x = e.gated ? combine(e, load(gate[m]), load(up[m])) : activate(e.activation, load(gate[m]));
+      store_some(result + m * F, x, n);
+    }
+  }
+
+  // Output columns from .. to of all tokens.
+  void second_phase(i64 from, i64 to, float *sum) const {
+    for (i64 i = 0; i < plan.T * MIXTURA_COLUMNS; i++) sum[i] = 0;
+    for (i64 i = 0; i < plan.num_active; i++) {
+      const i64 x = plan.active[i], end = plan.first[x + 1];
+      const Projection<T> project = down(x);
+      for (i64 m = plan.first[x]; m < end; m += TILE) {
+        const i64 M = least(TILE, end - m);
+        const T *a[TILE];
+        for (i64 j = 0; j < M; j++) a[j] = (const T *)plan.inner + (m + j) * F;
+        for (i64 d = from; d < to; d += 2 * W) weigh(project, a, M, m, d, least(2 * W, to - d), sum + d - from);
+      }
+    }
+    for (i64 t = 0; t < plan.T; t++)
+      for (i64 d = from; d < to; d += W)
+        store_some((T *)plan.out + t * D + d, load(sum + t * MIXTURA_COLUMNS + d - from), least(W, to - d));
+  }
+
+  void weigh(const Projection<T> &project, const T *const *a, i64 M, i64 m, i64 d, i64 n, float *sum) const {
+    float c[TILE][2 * W] = {};
+    project(d, n, a, M, c);
+    for (i64 j = 0; j < M; j++) {
+      const i64 slot = plan.order[m + j];
+      float *row = sum + slot / plan.K * MIXTURA_COLUMNS;
+      const V w = set(plan.weights[slot]);
+      store(row, load(row) + w * load(c[j]));
+      if (n > W) store(row + W, load(row + W) + w * load(c[j] + W));
+    }
+  }
+
+  void operator()() const {
+    const i64 parts = (F + UNITS - 1) / UNITS, columns = (D + MIXTURA_COLUMNS - 1) / MIXTURA_COLUMNS;
+    i64 next = 0, column = 0;
+#pragma omp parallel num_threads(plan.threads)
+    {
+      for (i64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < parts * plan.num_active;)
+        first_phase(plan.active[i / parts], i % parts * UNITS, least(F, (i % parts + 1) * UNITS));
+#pragma omp barrier
+      float *sum = plan.sums + omp_get_thread_num() * plan.T * MIXTURA_COLUMNS;
+      for (i64 i; (i = __atomic_fetch_add(&column, 1, __ATOMIC_RELAXED)) < columns;)
+        second_phase(i * MIXTURA_COLUMNS, least(D, (i + 1) * MIXTURA_COLUMNS), sum);
+    }
+  }
+};
+
+inline void forward(const mixtura_plan *plan) {
+  if (plan->experts.dtype == MIXTURA_FLOAT32)
+    Call<float>{*plan}();
+  else
+    Call<bf16>{*plan}();
+}
+}  // namespace MIXTURA_ISA
+
+#define MIXTURA_JOIN_(a, b) a##b
+#define MIXTURA_JOIN(a, b) MIXTURA_JOIN_(a, b)
+extern "C" void MIXTURA_JOIN(mixtura_forward_, MIXTURA_ISA)(const mixtura_plan *plan) { MIXTURA_ISA::forward(plan); }

@@ -1,0 +1,51 @@
+// The C interface of the native experts: no torch, no C++ types. All tensors are contiguous.
+//
+// T tokens, D width, E experts, K slots a token, F expert width, C = 2F gated or F plain.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum mixtura_dtype { MIXTURA_FLOAT32 = 0, MIXTURA_BFLOAT16 = 1 };
+
+enum mixtura_activation {
+  MIXTURA_IDENTITY = 0,
+  MIXTURA_SILU = 1,
+  MIXTURA_GELU = 2,
+  MIXTURA_GELU_TANH = 3,
+  MIXTURA_QUICK_GELU = 4,
+  MIXTURA_RELU = 5,
+  MIXTURA_RELU2 = 6,
+  MIXTURA_CLAMPED_SWIGLU = 7  // gpt-oss: (u + 1) g sigmoid(alpha g), g at most limit, u in -limit .. limit
+};
+
+typedef struct {
+  int64_t num_experts, dim, width;
+  const void *first;       // (E, C, D), or (E, D, C) transposed
+  const void *first_bias;  // (E, C), or null
+  const void *down;        // (E, D, F), or (E, F, D) transposed
+  const void *down_bias;   // (E, D), or null
+  int32_t dtype, activation, gated, transposed, interleaved;
+  float alpha, limit;
+} mixtura_experts;
+
+// Bytes of workspace that a call needs.
+int64_t mixtura_workspace(const mixtura_experts *experts, int64_t T, int64_t K, int threads);
+
+// out (T, D) = sum over slots of weight times expert. Slots whose index is E or more are empty.
+// Returns 0; 1 for a negative index, 2 for a dtype or activation that is not known; out is then as it was.
+int mixtura_experts_forward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
+                            const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads);
+
+// The instruction set in use; and all that this processor has, the best first, separated by spaces.
+const char *mixtura_isa(void);
+const char *mixtura_isas(void);
+
+// Use another one from now on. Returns 0, or 1 if this processor does not have it.
+int mixtura_use_isa(const char *name);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,140 @@
+"""From a module with stacked experts, ours or transformers', to a call of the library.
+
+T tokens, D width, E experts, K slots a token, F expert width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixtura.core.errors import NotExpressibleError, ShapeError
+from mixtura.nn.backends.native.library import ExpertsStruct, library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_PLAIN = ("linear", "silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2")  # numbered as in the header
+_CLAMPED = 7
+_FOUND: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
+
+
+def native_backend(
+    experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Compute experts in the library; without gradient.
+
+    Raises:
+        NotExpressibleError: if the library cannot, with the reason; see ``why_not``.
+        ShapeError: if an index is negative, or tokens, indices and weights disagree.
+    """
+    if not len(hidden_TD) == len(indices_TK) or indices_TK.shape != weights_TK.shape or indices_TK.ndim != 2:
+        raise ShapeError(
+            f"hidden_TD {tuple(hidden_TD.shape)}, indices_TK {tuple(indices_TK.shape)} and weights_TK "
+            f"{tuple(weights_TK.shape)} must be (T, D), (T, K), (T, K)"
+        )
+    if reason := why_not(experts, hidden_TD):
+        raise NotExpressibleError(f"native experts: {reason}")
+    T, K = indices_TK.shape
+    struct, hidden_TD = _struct(experts), hidden_TD.contiguous()
+    indices_TK, weights_TK = indices_TK.long().contiguous(), weights_TK.float().contiguous()
+    lib, threads = library(), torch.get_num_threads()
+    assert lib is not None
+    workspace = torch.empty(lib.mixtura_workspace(ctypes.byref(struct), T, K, threads), dtype=torch.uint8)
+    out_TD = torch.empty_like(hidden_TD)
+    code = lib.mixtura_experts_forward(
+        ctypes.byref(struct),
+        hidden_TD.data_ptr(),
+        indices_TK.data_ptr(),
+        weights_TK.data_ptr(),
+        out_TD.data_ptr(),
+        workspace.data_ptr(),
+        T,
+        K,
+        threads,
+    )
+    if code:
+        raise ShapeError(f"indices_TK must be at least 0, got {int(indices_TK.min())}")
+    return out_TD
+
+
+def why_not(experts: nn.Module, hidden_TD: torch.Tensor) -> str:
+    """Why the library cannot compute these experts for these tokens; "" if it can."""
+    first, down = _weights(experts)
+    tensors = [first, down, *(t for t in _biases(experts) if t is not None)]
+    if library() is None:
+        return "the library was not built, for want of a C++ compiler"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TD, *tensors)):
+        return "it has no gradient"
+    if {t.device.type for t in (hidden_TD, *tensors)} != {"cpu"}:
+        return f"it runs on the CPU, not on {hidden_TD.device.type}"
+    if torch.is_autocast_enabled("cpu") or {t.dtype for t in (hidden_TD, *tensors)} not in ({d} for d in _DTYPES):
+        return "tokens and weights must be float32 or bfloat16 alike, without autocast"
+    if not all(t.is_contiguous() for t in tensors) or type(first) not in (nn.Parameter, torch.Tensor):
+        return "weights must be plain and contiguous"
+    if hidden_TD.ndim != 2 or hidden_TD.shape[-1] != (first.shape[1] if experts.is_transposed else first.shape[2]):
+        return f"tokens must be of the experts' width, got shape {tuple(hidden_TD.shape)}"
+    if experts.has_post_expert_norm:
+        return "experts are normalized after the second projection"
+    return "" if _activation(experts) is not None else "the activation is not one of its own"
+
+
+def _weights(experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return (experts.gate_up_proj if experts.has_gate else experts.up_proj), experts.down_proj
+
+
+def _biases(experts: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not experts.has_bias:
+        return None, None
+    return (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias), experts.down_proj_bias
+
+
+def _struct(experts: Any) -> ExpertsStruct:
+    first, down = _weights(experts)
+    E, D = down.shape[0], down.shape[2 if experts.is_transposed else 1]
+    pointers = [None if t is None else t.data_ptr() for t in (first, _biases(experts)[0], down, _biases(experts)[1])]
+    return ExpertsStruct(
+        E,
+        D,
+        down.numel() // (E * D),
+        *pointers,
+        _DTYPES[first.dtype],
+        _activation(experts),
+        experts.has_gate,
+        experts.is_transposed,
+        not experts.is_concatenated,
+        float(getattr(experts, "alpha", 0.0) or 0.0),
+        float(getattr(experts, "limit", 0.0) or 0.0),
+    )
+
+
+def _activation(experts: nn.Module) -> int | None:
+    """Number of the activation in the header, found by comparing values; None if it is none of them."""
+    if experts not in _FOUND:
+        _FOUND[experts] = _find_activation(experts)
+    return _FOUND[experts]
+
+
+@torch.no_grad()
+def _find_activation(experts: Any) -> int | None:
+    from mixtura.nn.experts.activations import ACTIVATIONS
+
+    x = torch.linspace(-9, 9, 145)
+    gate, up = torch.cat([x, x]), torch.cat([x.flip(0), 0.5 * x + 1])
+    if not experts.has_gate:
+        seen = experts.act_fn(x.clone())
+        fits = [i for i, name in enumerate(_PLAIN) if torch.allclose(ACTIVATIONS[name](x), seen, atol=1e-6)]
+        return fits[0] if fits else None
+    both = torch.cat([gate, up]) if experts.is_concatenated else torch.stack([gate, up], -1).reshape(-1)
+    seen = experts._apply_gate(both[None])[0]
+    for i, name in enumerate(_PLAIN):
+        if torch.allclose(ACTIVATIONS[name](gate) * up, seen, rtol=1e-5, atol=1e-6):
+            return i
+    alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
+    if isinstance(alpha, float) and isinstance(limit, float):
+        g = gate.clamp(max=limit)
+        if torch.allclose((up.clamp(-limit, limit) + 1) * g * torch.sigmoid(alpha * g), seen, rtol=1e-5, atol=1e-6):
+            return _CLAMPED
+    return None

@@ -1,0 +1,58 @@
+"""The shared library: found, loaded and declared once."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+from mixtura.core.errors import OptionError, unknown_name
+
+PATH = Path(__file__).with_name("libmixtura_native.so")
+
+_POINTER, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class ExpertsStruct(ctypes.Structure):
+    """``mixtura_experts`` of mixtura_native.h."""
+
+    _fields_ = (
+        *((name, _I64) for name in ("num_experts", "dim", "width")),
+        *((name, _POINTER) for name in ("first", "first_bias", "down", "down_bias")),
+        *((name, ctypes.c_int32) for name in ("dtype", "activation", "gated", "transposed", "interleaved")),
+        *((name, ctypes.c_float) for name in ("alpha", "limit")),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where it was not built."""
+    if not PATH.exists():
+        return None
+    lib = ctypes.CDLL(str(PATH))
+    experts = ctypes.POINTER(ExpertsStruct)
+    lib.mixtura_workspace.argtypes = [experts, _I64, _I64, _I32]
+    lib.mixtura_workspace.restype = _I64
+    lib.mixtura_experts_forward.argtypes = [experts, *[_POINTER] * 5, _I64, _I64, _I32]
+    lib.mixtura_isa.restype = lib.mixtura_isas.restype = ctypes.c_char_p
+    return lib
+
+
+def instructions() -> tuple[str, list[str]]:
+    """The instruction set in use, and all that this processor has, the best first; ("", []) without the library."""
+    lib = library()
+    return ("", []) if lib is None else (lib.mixtura_isa().decode(), lib.mixtura_isas().decode().split())
+
+
+def use_instructions(name: str) -> None:
+    """Use another instruction set from now on, in this process.
+
+    Raises:
+        OptionError: if the library was not built.
+        UnknownNameError: if this processor does not have it.
+    """
+    lib = library()
+    if lib is None:
+        raise OptionError("the native experts were not built: install a C++ compiler, then mixtura again")
+    if lib.mixtura_use_isa(name.encode()):
+        raise unknown_name("instruction set", name, instructions()[1])
