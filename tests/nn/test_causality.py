@@ -53,3 +53,11 @@ def test_a_router_without_a_configuration_needs_dim():
 def test_in_models_of_any_type(dtype):
     assert sees_future(ExpertChoiceRouter(8, 4).to(dtype))
     assert not sees_future(TopKRouter(8, 4).to(dtype))
+
+
+def test_a_router_without_values_is_tried_by_its_configuration():
+    with torch.device("meta"):
+        leaking, causal = ExpertChoiceRouter(8, 4), TopKRouter(8, 4)
+    assert sees_future(leaking)
+    assert not sees_future(causal)
+    assert next(causal.parameters()).is_meta

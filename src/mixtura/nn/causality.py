@@ -7,12 +7,14 @@ B sequences of Q positions, T = B Q tokens row by row, D width, E experts.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from mixtura.core.errors import OptionError
+from mixtura.core import registry
+from mixtura.core.errors import MixturaWarning, OptionError
 from mixtura.core.routing import Routing
 from mixtura.core.selection import SelectionSpec, select
 from mixtura.nn.state import RouterState, use_state
@@ -41,7 +43,8 @@ def sees_future(router: nn.Module, *, dim: int | None = None, seed: int = 0) -> 
     weights before it must stay equal to the bit. A change that only certain values would provoke can escape.
 
     Args:
-        router: hidden_TD -> Routing; its mode is restored.
+        router: hidden_TD -> Routing; its mode is restored. Of one on the meta device an equal one with values is
+            tried.
         dim: D; None takes it from the router's configuration.
         seed: of what is drawn.
 
@@ -49,6 +52,7 @@ def sees_future(router: nn.Module, *, dim: int | None = None, seed: int = 0) -> 
         OptionError: if dim is not given and the router has no configuration.
     """
     dim = _dim(router) if dim is None else dim
+    router = _with_values(router)
     training = router.training
     router.eval()
     try:
@@ -57,6 +61,15 @@ def sees_future(router: nn.Module, *, dim: int | None = None, seed: int = 0) -> 
             return _any_change(router, dim, seed)
     finally:
         router.train(training)
+
+
+def _with_values(router: nn.Module) -> nn.Module:
+    """The router, or one of the same configuration on the CPU if it has no values."""
+    if not any(tensor.is_meta for tensor in (*router.parameters(), *router.buffers())):
+        return router
+    with torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", MixturaWarning)  # of choices that were warned of when the router was made
+        return registry.build(router.method_config)  # type: ignore[no-any-return, arg-type]
 
 
 def _any_change(router: nn.Module, dim: int, seed: int) -> bool:
