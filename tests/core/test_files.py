@@ -1,7 +1,9 @@
 import hashlib
+import os
 
 import pytest
 
+from mixtura.core import files
 from mixtura.core.errors import OptionError
 from mixtura.core.files import cache_folder, sha256, write_file, write_folder
 
@@ -51,6 +53,30 @@ def test_what_was_there_is_kept_until_the_new_one_is_whole(tmp_path):
         (partial / "new").write_text("new")
     assert names(out) == ["new"]
     assert names(tmp_path) == ["out"]
+
+
+def replace(out):
+    with write_folder(out, overwrite=True) as partial:
+        (partial / "new").write_text("new")
+
+
+def test_where_the_system_cannot_exchange_folders_they_are_moved_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with monkeypatch.context() as patch:
+        move = os.replace
+        patch.setattr(os, "replace", lambda one, other: move(one, other) if ".partial-" not in str(one) else fail())
+        with pytest.raises(OSError, match="no move"):
+            replace(tmp_path / "out")
+    assert names(tmp_path / "out") == ["old"]
+    replace(tmp_path / "out")
+    assert names(tmp_path / "out") == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+def fail():
+    raise OSError("no move")
 
 
 def test_an_empty_folder_is_taken_and_others_are_refused(tmp_path):

@@ -58,6 +58,9 @@ def test_statistics_add_up_over_parts_of_the_tokens(convert, data):
         np.asarray(r.counts(routing, inside_T)) + np.asarray(r.counts(routing, outside_T)), whole_E
     )
     assert whole_E.sum() == (plain.indices_TK < routing.num_experts).sum()
+    np.testing.assert_array_equal(
+        np.asarray(r.counts(r.keep(routing, inside_T))), np.asarray(r.counts(routing, inside_T))
+    )
     parts = [np.asarray(r.dense(r.keep(routing, part_T))) for part_T in (inside_T, outside_T)]
     np.testing.assert_array_equal(parts[0] + parts[1], np.asarray(r.dense(routing)))
 
