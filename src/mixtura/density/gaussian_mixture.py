@@ -42,7 +42,8 @@ class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
             the Identity), or scikit-learn's "full" (VVV), "tied" (EEE), "diag" (VVI), "spherical" (VII).
         reg_covar: added to the diagonal of covariances.
         prior: ``NIW`` on means and covariances, or None for maximum likelihood.
-        init: "kmeans", "whitened-kmeans", "hierarchical", "random", or responsibilities (N, K) or components (N,).
+        init: "kmeans", "whitened-kmeans", "hierarchical", "random", or responsibilities (N, K) or components (N,); with
+            a noise component also (N, K + 1), its own last.
         n_init: starts, of which the likeliest result is kept.
         max_iter: iterations at most.
         tol: of the mean log likelihood, where iteration ends.
@@ -151,7 +152,8 @@ class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
         prior = self.prior
         if prior is not None:
             one = moments_of(fill_means(rows), np.zeros(rows.N, np.intp), 1, diagonal=False)
-            prior = prior.resolve(one.reference_KD[0], one.second[0] / one.count_K[0], self.n_components)
+            degrees = max(one.weight - 1, 1.0)  # as mclust's default has it
+            prior = prior.resolve(one.reference_KD[0], one.second[0] / degrees, self.n_components)
         on_parameters = [constraint for constraint in constraints if not isinstance(constraint, Link)]
         family = find_family(self.covariance)
         return Model(family, self.reg_covar, prior, self.weight_concentration, on_parameters)
@@ -168,15 +170,16 @@ class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
         return Parameters(weights_K, self.means_, covariances, noise_weight)
 
     def _start(self, rows: Rows, model: Model, rng: np.random.RandomState) -> Parameters:
-        given = _init.start(self.init, rows, self.n_components, rng)
-        return self._first_step(rows, model, given)
-
-    def _first_step(self, rows: Rows, model: Model, given: NDArray[Any]) -> Parameters:
-        statistics = moments_of(fill_means(rows), given, self.n_components, diagonal=model.family.diagonal)
+        K, noise_weight, init = self.n_components, 0.0, self.init
+        if self.noise_component:
+            noise_weight = FIRST_WEIGHT
+            if not isinstance(init, str) and np.shape(init) == (rows.N, K + 1):
+                given = _init.check_responsibilities(init, rows.N, K + 1)
+                init, noise_weight = given[:, :K], float(given[:, K].mean())
+        given = init if noise_weight != FIRST_WEIGHT and self.noise_component else _init.start(init, rows, K, rng)
+        statistics = moments_of(fill_means(rows), given, K, diagonal=model.family.diagonal)
         parameters = maximize(statistics, model)
-        if not self.noise_component:
-            return parameters
-        return parameters.with_(weights_K=parameters.weights_K * (1 - FIRST_WEIGHT), noise_weight=FIRST_WEIGHT)
+        return parameters.with_(weights_K=parameters.weights_K * (1 - noise_weight), noise_weight=noise_weight)
 
     def _expectation(self, rows: Rows, parameters: Parameters) -> Statistics:
         log_noise = None
