@@ -266,10 +266,9 @@ def test_probability_stops_as_ever_and_padding_of_ours_stays_unrouted():
 
 
 def test_layers_that_cannot_select_again():
-    """Off is taken out of what they decided if it is known how weights are normalized; else they are refused by name."""
-    model = spread(
-        convert(pico("llama"), {1: Mixture(ExpertChoiceRouter(32, 4), Experts(4, 32, 16))}, allow=["expert-choice"])
-    )
+    """Off is taken out of what they decided if it is known how weights are normalized; else they are refused."""
+    mixtures = {1: Mixture(ExpertChoiceRouter(32, 4), Experts(4, 32, 16))}
+    model = spread(convert(pico("llama"), mixtures, allow=["expert-choice"]))
     for options in ({"k": 1}, {"ranks": [1]}, {"bias": {0: 1.0}}, {"force": [0]}, {"off": [0]}):
         with pytest.raises(NotExpressibleError, match=r"layer 1: .*ExpertChoiceRouter"), steer(model, **options):
             pass

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import pico_native
 from mixtura.core import MixturaWarning, NotExpressibleError, OptionError
-from mixtura.hf import convert, record
-from mixtura.nn import Experts, Mixture
-from mixtura.nn.routers.topk_softmax import TopKRouter
+from mixtura.hf import record
+from mixtura.traces import Trace
 from mixtura.traces.capture import capture
 from mixtura.traces.trace import DECODE, PREFILL
 from pico import pico, tokens
+from traces.situations import left_padded, one_process, ours, spread
 
 NATIVE = {
     "mixtral": {},
@@ -23,16 +24,6 @@ NATIVE = {
 
 def native(family, **options):
     return pico(family, **{**NATIVE[family], **options})
-
-
-def ours(base="llama", layers=(0, 2)):
-    return convert(pico(base), {i: Mixture(TopKRouter(32, 4, 2), Experts(4, 32, 16)) for i in layers})
-
-
-def left_padded():
-    x, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
-    mask[0, :3] = 0
-    return x.masked_fill(mask == 0, 0), mask
 
 
 def watch_gates(model):
@@ -74,12 +65,20 @@ def test_padding_has_no_position_and_does_not_count():
     assert set(trace.domain.tolist()) == {-1}
 
 
+WINDOWS = {"mixtral window": {"sliding_window": 4}, "gpt_oss window": {"sliding_window": 4}}
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("make", [lambda: native("mixtral"), lambda: native("olmoe"), ours])
-def test_generation_continues_positions(make, cache):
-    model, (x, mask) = make(), left_padded()
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "ours", *WINDOWS])
+def test_generation_continues_positions(name, cache):
+    """Also where a layer's cache holds less than the text."""
+    family = name.removesuffix(" window")
+    model = ours() if name == "ours" else spread(pico_native.native(family, **WINDOWS.get(name, {})))
+    x, mask = left_padded()
     with capture(model, domain=["a", "b"]) as trace:
-        made = model.generate(x, attention_mask=mask, max_new_tokens=4, do_sample=False, cache_implementation=cache)
+        made = model.generate(
+            x, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False, cache_implementation=cache
+        )
     rows = trace.select((trace.layer == 0) & (trace.slot == 0) & trace.valid)
     for row, padded in ((0, 3), (1, 0)):
         mine = rows.select(rows.sequence == row)
@@ -219,3 +218,89 @@ def test_beams_share_the_domain_of_their_row():
     assert sorted({(int(r), int(d)) for r, d in zip(trace.row, trace.domain, strict=True)}) == [
         (0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 1),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "phimoe", "ours"])
+def test_logits_on_demand(family, tmp_path):
+    model = ours() if family == "ours" else spread(pico_native.native(family))
+    x, mask = left_padded()
+    with record(model) as states, capture(model, logits=True) as trace, torch.no_grad():
+        model(x, attention_mask=mask)
+        model(x[:, 3:])
+    loaded = Trace.load(trace.save(tmp_path / "t.safetensors"))
+    for layer in trace.layers:
+        recorded = [record.routing for state in states for record in state.tape.records if record.layer == layer]
+        wanted = torch.cat([routing.logits_TE for routing in recorded]).numpy()
+        assert np.isfinite(wanted).all()
+        for seen in (trace, loaded):
+            assert np.array_equal(seen.logits[layer], wanted)
+            assert np.array_equal(seen.routing(layer).logits_TE, wanted)
+        counted = trace.counted().routing(layer)
+        assert np.array_equal(counted.logits_TE, wanted[np.append(mask.reshape(-1).bool(), np.ones(8, bool))])
+    with capture(model) as without, torch.no_grad():
+        model(x, attention_mask=mask)
+    assert without.logits == {}
+    assert np.isnan(without.routing(layer).logits_TE).all()
+
+
+def test_a_router_without_logits_has_unknown_ones():
+    model = native("mixtral")
+    gate = model.model.layers[0].mlp.gate
+    theirs = gate.forward
+    gate.forward = lambda hidden: (None, *theirs(hidden)[1:])
+    with capture(model, logits=True) as trace, torch.no_grad():
+        model(tokens())
+    assert np.isnan(trace.logits["0"]).all()
+    assert trace.logits["0"].shape == (18, 4)
+    assert np.isfinite(trace.logits["1"]).all()
+
+
+def test_a_reference_model_and_calls_without_gradient_are_recorded_as_they_come():
+    """What preference training does: the policy, and a reference beside it; each has a trace of its own."""
+    policy, reference, x = native("olmoe").train(), native("olmoe"), tokens()
+    with capture(policy) as seen, capture(reference) as other:
+        with torch.no_grad():
+            reference(x)
+        loss = policy(x, labels=x).loss
+        with torch.inference_mode():
+            policy(x[:1])
+        loss.backward()
+    assert (int(seen.call.max()), int(other.call.max())) == (1, 0)
+    assert np.array_equal(seen.select(seen.call == 0).expert, other.expert)
+
+
+def test_under_ddp():
+    model = native("olmoe")
+    with capture(model) as plain, torch.no_grad():
+        model(tokens())
+    with one_process():
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        with capture(wrapped) as trace:
+            wrapped(tokens(), labels=tokens()).loss.backward()
+    for name, column in plain.columns.items():
+        assert np.array_equal(column, trace.columns[name]), name
+
+
+def test_captures_nest():
+    model = native("mixtral")
+    with capture(model) as outer, torch.no_grad():
+        model(tokens())
+        with capture(model) as inner:
+            model(tokens())
+        model(tokens())
+    assert (int(outer.call.max()), int(inner.call.max())) == (2, 0)
+
+
+def test_calls_that_reach_no_mixture_are_said():
+    model = native("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.forward = lambda hidden: hidden
+    with pytest.warns(MixturaWarning, match="reached none of its mixtures"), capture(model):
+        model(tokens())
+
+
+@pytest.mark.parametrize("family", sorted(pico_native.OUTSIDE))
+def test_families_whose_experts_cannot_be_seen_are_named(family):
+    model = pico_native.native(family)
+    with pytest.raises(NotExpressibleError, match=f"{family} computes its experts"), capture(model):
+        pass

@@ -120,7 +120,8 @@ def padding_mask(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
     """Which tokens of a base model's call are real, (T,); None if nothing says so.
 
     A mask has (B, past + Q), and the last Q count; or (B, 1, Q, keys) with a static cache, where position q sees itself
-    at key past + q unless it is padding; or it is a dictionary of such masks by kind of layer.
+    at key past + q unless it is padding, or among the last Q keys if a sliding window holds no more; or it is a
+    dictionary of such masks by kind of layer.
     """
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if isinstance(mask, Mapping):
@@ -132,8 +133,9 @@ def padding_mask(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
     B, Q = tokens.shape[:2]
     if mask.ndim == 2:
         return mask[:, -Q:].expand(B, Q).reshape(-1).bool()
-    past = past_length(kwargs)
-    own_BQ = mask[:, 0, :, past : past + Q].diagonal(dim1=-2, dim2=-1)
+    past, keys = past_length(kwargs), mask.shape[-1]
+    begin = past if past + Q <= keys else keys - Q
+    own_BQ = mask[:, 0, :, begin : begin + Q].diagonal(dim1=-2, dim2=-1)
     real_BQ = own_BQ if own_BQ.dtype == torch.bool else own_BQ == 0
     return real_BQ.expand(B, Q).reshape(-1)
 
@@ -170,8 +172,12 @@ def _open_state(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         past=past_length(kwargs),
     )
     set_state(state)
-    for listener in _LISTENERS.get(module, ()):
-        listener.opened(state, args, kwargs)
+    try:
+        for listener in _LISTENERS.get(module, ()):
+            listener.opened(state, args, kwargs)
+    except BaseException:
+        set_state(None)  # torch calls no other hook then
+        raise
 
 
 @torch.compiler.disable(reason="a state belongs to one forward call; compile without fullgraph=True")

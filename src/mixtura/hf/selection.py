@@ -22,7 +22,6 @@ from mixtura.core.selection import SelectionSpec, select
 from mixtura.hf.families import selection_spec
 from mixtura.hf.modeling import routers
 from mixtura.hf.native import SELECTION_BIASES, NativeMixture, native_mixtures
-from mixtura.hf.sites import decoder
 from mixtura.nn.routers.base import Router
 from mixtura.nn.state import RouterState
 
@@ -126,7 +125,8 @@ class LayerSelection:
 
         Weights are compared, slot by slot in falling order: where scores tie, experts may differ and weights do not.
         """
-        if self.refusal or self.spec is None or not isinstance(self.source, NativeMixture):
+        native = isinstance(self.source, NativeMixture)
+        if self.refusal or self.spec is None or not native or torch.compiler.is_exporting():
             return
         logits_TE = self._known_logits(routing).detach()
         expected = select(logits_TE, self.spec, self.bias_E).weights_TK.sort(-1).values
@@ -139,7 +139,8 @@ class LayerSelection:
         raise NotExpressibleError(f"layer {self.layer}: its router decides otherwise than the spec of its family says")
 
     def _known_logits(self, routing: Routing) -> torch.Tensor:
-        if torch.isnan(routing.logits_TE[:1]).any():
+        # values cannot be looked at while a model is exported
+        if not torch.compiler.is_exporting() and torch.isnan(routing.logits_TE[:1]).any():
             raise NotExpressibleError(f"layer {self.layer}: its router gives no logits to select again from")
         logits_TE: torch.Tensor = routing.logits_TE
         return logits_TE
@@ -154,10 +155,17 @@ def layer_selections(model: nn.Module) -> dict[str, LayerSelection]:
     found = [_own(layer, router) for layer, router in routers(model).items()]
     native = native_mixtures(model)
     if native:
-        spec, refusal = _native_spec(decoder(model).config)
+        spec, refusal = _native_spec(config_of(model))
         found += [_native(layer, mixture, spec, refusal) for layer, mixture in native.items()]
     found.sort(key=lambda selection: (int(selection.layer.split(".")[0]), selection.layer))
     return {selection.layer: selection for selection in found}
+
+
+def config_of(model: nn.Module) -> Any:
+    """Configuration of a model; also under DistributedDataParallel, which hides it."""
+    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    return model.config
 
 
 def _own(layer: str, router: Any) -> LayerSelection:

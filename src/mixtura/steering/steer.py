@@ -40,7 +40,7 @@ def steer(
     Calls nest: the innermost k or ranks counts, biases add up, experts that are off or forced are joined. Groups of
     experts (DeepSeek-V3) are chosen as ever, ``off`` then leaves fewer experts in them, and a slot for which none is
     left stays empty; ``force`` takes an expert also if its group was not chosen. Inside of ``replay`` the call that was
-    entered last decides.
+    entered last decides. A model that ``torch.export`` exports inside of the ``with`` keeps the changes.
 
     With k as the layer has it, a bias of 0, an expert off that is never chosen, or one forced that always is, no bit
     changes. In a model in half precision that holds as far as the family's own router scores in float32 and breaks ties

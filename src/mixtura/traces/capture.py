@@ -22,8 +22,7 @@ from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError
 from mixtura.core.routing import Routing
 from mixtura.hf.caches import watch_caches
 from mixtura.hf.forward import Listener, listen
-from mixtura.hf.selection import layer_selections
-from mixtura.hf.sites import decoder
+from mixtura.hf.selection import config_of, layer_selections
 from mixtura.nn.state import RouterState
 from mixtura.traces.sequences import Sequences, Tokens
 from mixtura.traces.trace import COLUMNS, Trace
@@ -121,7 +120,9 @@ class _Recorder(Listener):
         self._open: dict[int, _Call] = {}
 
     def opened(self, state: RouterState, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A forward call of the decoder begins."""
+        """A forward call of the decoder begins; one that ``torch.export`` makes has no values, and is left out."""
+        if torch.compiler.is_exporting():
+            return
         tokens = self.sequences.open(args, kwargs)
         call = _Call(len(self.calls), tokens, self._domain_of_rows(len(tokens.token_BQ)))
         self.calls.append(call)
@@ -167,7 +168,7 @@ class _Recorder(Listener):
 
 
 def _why_unseen(model: nn.Module) -> str:
-    config: Any = decoder(model).config
+    config = config_of(model).get_text_config()
     if not any((getattr(config, name, 0) or 0) > 1 for name in EXPERT_COUNTS):
         return f"{type(model).__name__} has no mixture that capture could see"
     return (
@@ -182,8 +183,7 @@ def _domain_names(domain: str | Sequence[str] | None) -> list[str]:
 
 
 def _name(model: nn.Module) -> str:
-    config = decoder(model).config
-    return str(getattr(config, "_name_or_path", "") or type(model).__name__)
+    return str(getattr(config_of(model), "_name_or_path", "") or type(model).__name__)
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

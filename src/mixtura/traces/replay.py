@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mixtura.core.errors import MixturaWarning, OptionError, ShapeError
+from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError, ShapeError
 from mixtura.core.routing import Routing
 from mixtura.hf.caches import watch_caches
 from mixtura.hf.forward import Listener, listen
@@ -60,7 +60,7 @@ def replay(
     Raises:
         OptionError: if the model has other layers or numbers of experts than the trace, or makes more calls.
         ShapeError: if a call has another number of rows or tokens than recorded, or a token is not in the trace.
-        NotExpressibleError: if weights cannot be recomputed in a layer.
+        NotExpressibleError: if weights cannot be recomputed in a layer, or the model is exported.
 
     Example:
         >>> with capture(model) as trace, torch.no_grad():
@@ -105,6 +105,8 @@ class _Player(Listener):
 
     def opened(self, state: RouterState, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward call of the decoder begins."""
+        if torch.compiler.is_exporting():
+            raise NotExpressibleError("a model cannot be exported inside of replay: decisions belong to one text")
         tokens = self.source.sequences.open(args, kwargs)
         state.edits.append(functools.partial(self._force, self.source.decisions(tokens)))
 
