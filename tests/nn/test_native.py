@@ -125,27 +125,22 @@ def test_an_activation_that_it_does_not_know_is_left_to_torch():
     assert torch.equal(automatic_backend(module, *arguments), sorted_backend(module, *arguments))
 
 
-def test_the_clamped_gate_of_gpt_oss():
+def gpt_oss():
     from transformers import AutoModelForCausalLM, GptOssConfig
 
-    config = GptOssConfig(
-        num_hidden_layers=1,
-        hidden_size=32,
-        intermediate_size=24,
-        num_local_experts=4,
-        vocab_size=64,
-        head_dim=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_local_experts": 4, "vocab_size": 64, "head_dim": 8}
+    config = GptOssConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, **sizes)
     module = AutoModelForCausalLM.from_config(config).model.layers[0].mlp.experts.requires_grad_(False)
     for parameter in module.parameters():
         parameter.normal_(std=2.0)
-    arguments = call(9, 2, 4, 32)
+    return module
+
+
+def test_the_clamped_gate_of_gpt_oss():
+    module, arguments = gpt_oss(), call(9, 2, 4, 32)
     assert why_not(module, arguments[0]) == ""
-    torch.testing.assert_close(
-        native_backend(module, *arguments), naive_backend(module, *arguments), rtol=1e-4, atol=1e-3
-    )
+    wanted_TD = naive_backend(module, *arguments)
+    torch.testing.assert_close(native_backend(module, *arguments), wanted_TD, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -202,7 +197,6 @@ def test_tokens_and_weights_may_be_views_and_the_weights_a_memory_map(tmp_path):
 
 
 REFUSED = {
-    "it has no gradient": lambda m, h: (m.requires_grad_(True), h),
     "without autocast": lambda m, h: (m.double(), h.double()),
     "plain and contiguous": lambda m, h: (_strided(m), h),
     "of the experts' width": lambda m, h: (m, h[:, :-1]),
@@ -242,11 +236,77 @@ def test_the_struct_is_as_long_as_in_c():
     assert ctypes.sizeof(ExpertsStruct) == 3 * 8 + 4 * 8 + 5 * 4 + 2 * 4 + 4  # padded to eight bytes
 
 
-def test_gradients_are_torchs():
-    module = experts(3, 16, 8).requires_grad_(True)
-    arguments = call(6, 2, 3, 16)
-    automatic_backend(module, *arguments).sum().backward()
-    wanted = experts(3, 16, 8).requires_grad_(True)
-    sorted_backend(wanted, *arguments).sum().backward()
-    for one, other in zip(module.parameters(), wanted.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
+def gradients(backend, module, hidden_TD, indices_TK, weights_TK):
+    """Of a fixed function of the output: of tokens, weights of slots, and every parameter."""
+    leaves = [hidden_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_(), *module.parameters()]
+    out_TD = backend(module, leaves[0], indices_TK, leaves[1])
+    probe_TD = torch.linspace(-1, 2, out_TD.numel()).view_as(out_TD)
+    found = torch.autograd.grad((out_TD * probe_TD).sum(), leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+
+
+def check_gradients(module, arguments, tolerance):
+    found = gradients(native_backend, module, *arguments)
+    wide = Experts(module.num_experts, module.dim, module.width, **OPTIONS[module]).double()
+    wide.load_state_dict({name: p.double() for name, p in module.state_dict().items()})
+    hidden_TD, indices_TK, weights_TK = arguments
+    wanted = gradients(naive_backend, wide, hidden_TD.double(), indices_TK, weights_TK.double())
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        scale = other.abs().max().clamp(min=1e-3) if other.numel() else 1
+        assert ((one.double() - other).abs() <= tolerance * scale).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda options: "-".join(k for k, v in options.items() if v) or "plain")
+@settings(max_examples=6, deadline=None)
+@given(shape=shapes(), half=st.booleans())
+def test_gradients_of_every_layout_and_shape(isa, layout, shape, half):
+    (T, K, E, D, F), dtype = shape, torch.bfloat16 if half else torch.float32
+    use_instructions(isa)
+    module = experts(E, D, F, dtype, **layout).requires_grad_(True)
+    OPTIONS[module] = layout
+    check_gradients(module, call(T, K, E, D, dtype), 3e-2 if half else 5e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradients_of_every_activation(isa, gated, name):
+    use_instructions(isa)
+    module = experts(2, 16, 40, gated=gated, activation=name).requires_grad_(True)
+    OPTIONS[module] = {"gated": gated, "activation": name}
+    hidden_TD, indices_TK, weights_TK = call(9, 2, 2, 16)
+    check_gradients(module, (hidden_TD * 5, indices_TK, weights_TK), 5e-5)
+
+
+def test_gradients_of_the_clamped_gate_of_gpt_oss():
+    module = gpt_oss().requires_grad_(True)
+    arguments = call(9, 2, 4, 32)
+    found, wanted = (gradients(backend, module, *arguments) for backend in (native_backend, naive_backend))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_only_what_is_wanted_gets_a_gradient_and_idle_experts_get_zeros():
+    module = experts(3, 16, 8)
+    module.down_proj.requires_grad_(True)
+    hidden_TD, indices_TK, weights_TK = call(6, 1, 1, 16)
+    native_backend(module, hidden_TD, indices_TK * 0 + 1, weights_TK).sum().backward()
+    assert module.gate_up_proj.grad is None
+    assert module.down_proj.grad[1].any()
+    assert not module.down_proj.grad[[0, 2]].any()
+
+
+def test_gradients_are_the_same_for_any_number_of_threads():
+    module = experts(4, 96, 80).requires_grad_(True)
+    arguments, threads = call(31, 2, 4, 96), torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(gradients(native_backend, module, *arguments))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

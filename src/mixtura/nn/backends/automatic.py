@@ -13,6 +13,6 @@ from mixtura.nn.backends.sorted import sorted_backend
 def automatic_backend(
     experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Compute experts by ``native_backend`` if it can, otherwise (a gradient, another device) by ``sorted_backend``."""
+    """Compute experts by ``native_backend`` if it can, otherwise (another device or type) by ``sorted_backend``."""
     backend = sorted_backend if why_not(experts, hidden_TD) else native_backend
     return backend(experts, hidden_TD, indices_TK, weights_TK)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from mixtura.core.errors import NotExpressibleError, ShapeError
-from mixtura.nn.backends.native.library import ExpertsStruct, library
+from mixtura.nn.backends.native.library import ExpertsStruct, GradientsStruct, library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PLAIN = ("linear", "silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2")  # numbered as in the header
@@ -24,7 +25,7 @@ _FOUND: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictio
 def native_backend(
     experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Compute experts in the library; without gradient.
+    """Compute experts in the library, forward and backward.
 
     Raises:
         NotExpressibleError: if the library cannot, with the reason; see ``why_not``.
@@ -37,14 +38,57 @@ def native_backend(
         )
     if reason := why_not(experts, hidden_TD):
         raise NotExpressibleError(f"native experts: {reason}")
-    T, K = indices_TK.shape
-    struct, hidden_TD = _struct(experts), hidden_TD.contiguous()
-    indices_TK, weights_TK = indices_TK.long().contiguous(), weights_TK.float().contiguous()
-    lib, threads = library(), torch.get_num_threads()
-    assert lib is not None
-    workspace = torch.empty(lib.mixtura_workspace(ctypes.byref(struct), T, K, threads), dtype=torch.uint8)
-    out_TD = torch.empty_like(hidden_TD)
-    code = lib.mixtura_experts_forward(
+    inputs = (hidden_TD.contiguous(), indices_TK.long().contiguous(), weights_TK.float().contiguous())
+    tensors = (*inputs, *_weights(experts), *_biases(experts))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Differentiable.apply(_struct(experts), *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward(_struct(experts), *inputs)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The same with gradients of tokens, weights of slots, and weights of experts."""
+
+    @staticmethod
+    def forward(ctx: Any, struct: ExpertsStruct, *tensors: torch.Tensor | None) -> torch.Tensor:
+        ctx.struct = struct
+        ctx.save_for_backward(*tensors)
+        return _forward(struct, *tensors[:3])  # type: ignore[arg-type]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_TD, indices_TK, weights_TK, *experts = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden_TD) if wanted[1] else None
+        d_weights = torch.empty_like(weights_TK)
+        d_experts = [
+            torch.zeros_like(t) if w and t is not None else None for t, w in zip(experts, wanted[4:], strict=True)
+        ]
+        first, down, first_bias, down_bias = d_experts
+        places = (out_TD.contiguous(), d_hidden, d_weights, first, first_bias, down, down_bias)
+        gradients = GradientsStruct(*(None if t is None else t.data_ptr() for t in places))
+        T, K = indices_TK.shape
+        workspace = _workspace(ctx.struct, T, K, backward=True)
+        _library().mixtura_experts_backward(
+            ctypes.byref(ctx.struct),
+            hidden_TD.data_ptr(),
+            indices_TK.data_ptr(),
+            weights_TK.data_ptr(),
+            ctypes.byref(gradients),
+            workspace.data_ptr(),
+            T,
+            K,
+            torch.get_num_threads(),
+        )
+        return None, d_hidden, None, d_weights, *d_experts
+
+
+def _forward(
+    struct: ExpertsStruct, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    (T, K), out_TD = indices_TK.shape, torch.empty_like(hidden_TD)
+    workspace = _workspace(struct, T, K, backward=False)
+    code = _library().mixtura_experts_forward(
         ctypes.byref(struct),
         hidden_TD.data_ptr(),
         indices_TK.data_ptr(),
@@ -53,11 +97,22 @@ def native_backend(
         workspace.data_ptr(),
         T,
         K,
-        threads,
+        torch.get_num_threads(),
     )
     if code:
         raise ShapeError(f"indices_TK must be at least 0, got {int(indices_TK.min())}")
     return out_TD
+
+
+def _workspace(struct: ExpertsStruct, T: int, K: int, *, backward: bool) -> torch.Tensor:
+    size = _library().mixtura_workspace(ctypes.byref(struct), T, K, torch.get_num_threads(), backward)
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _library() -> ctypes.CDLL:
+    lib = library()
+    assert lib is not None
+    return lib
 
 
 def why_not(experts: nn.Module, hidden_TD: torch.Tensor) -> str:
@@ -66,8 +121,6 @@ def why_not(experts: nn.Module, hidden_TD: torch.Tensor) -> str:
     tensors = [first, down, *(t for t in _biases(experts) if t is not None)]
     if library() is None:
         return "the library was not built, for want of a C++ compiler"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TD, *tensors)):
-        return "it has no gradient"
     if {t.device.type for t in (hidden_TD, *tensors)} != {"cpu"}:
         return f"it runs on the CPU, not on {hidden_TD.device.type}"
     if torch.is_autocast_enabled("cpu") or {t.dtype for t in (hidden_TD, *tensors)} not in ({d} for d in _DTYPES):

@@ -24,6 +24,14 @@ class ExpertsStruct(ctypes.Structure):
     )
 
 
+class GradientsStruct(ctypes.Structure):
+    """``mixtura_gradients`` of mixtura_native.h."""
+
+    _fields_ = tuple(
+        (name, _POINTER) for name in ("out", "hidden", "weights", "first", "first_bias", "down", "down_bias")
+    )
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where it was not built."""
@@ -31,9 +39,11 @@ def library() -> ctypes.CDLL | None:
         return None
     lib = ctypes.CDLL(str(PATH))
     experts = ctypes.POINTER(ExpertsStruct)
-    lib.mixtura_workspace.argtypes = [experts, _I64, _I64, _I32]
+    lib.mixtura_workspace.argtypes = [experts, _I64, _I64, _I32, _I32]
     lib.mixtura_workspace.restype = _I64
     lib.mixtura_experts_forward.argtypes = [experts, *[_POINTER] * 5, _I64, _I64, _I32]
+    gradients = ctypes.POINTER(GradientsStruct)
+    lib.mixtura_experts_backward.argtypes = [experts, *[_POINTER] * 3, gradients, _POINTER, _I64, _I64, _I32]
     lib.mixtura_isa.restype = lib.mixtura_isas.restype = ctypes.c_char_p
     return lib
 

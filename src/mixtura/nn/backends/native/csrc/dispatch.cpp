@@ -3,7 +3,9 @@
 
 #include "plan.h"
 
-#define DECLARE(isa) extern "C" void mixtura_forward_##isa(const mixtura_plan *);
+#define DECLARE(isa)                                       \
+  extern "C" void mixtura_forward_##isa(const mixtura_plan *); \
+  extern "C" void mixtura_backward_##isa(const mixtura_plan *);
 DECLARE(portable)
 #if defined(MIXTURA_X86)
 DECLARE(avx2)
@@ -15,7 +17,7 @@ namespace {
 
 struct Isa {
   const char *name;
-  mixtura_forward forward;
+  mixtura_run forward, backward;
   bool (*there)();
 };
 
@@ -31,11 +33,11 @@ bool always() { return true; }
 
 const Isa ISAS[] = {
 #if defined(MIXTURA_X86)
-    {"avx512_bf16", mixtura_forward_avx512_bf16, has_avx512_bf16},
-    {"avx512", mixtura_forward_avx512, has_avx512},
-    {"avx2", mixtura_forward_avx2, has_avx2},
+    {"avx512_bf16", mixtura_forward_avx512_bf16, mixtura_backward_avx512_bf16, has_avx512_bf16},
+    {"avx512", mixtura_forward_avx512, mixtura_backward_avx512, has_avx512},
+    {"avx2", mixtura_forward_avx2, mixtura_backward_avx2, has_avx2},
 #endif
-    {"portable", mixtura_forward_portable, always},
+    {"portable", mixtura_forward_portable, mixtura_backward_portable, always},
 };
 
 const Isa *best() {
@@ -50,16 +52,19 @@ int64_t up_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Parts of the workspace, each at the start of a cache line.
 struct Parts {
-  int64_t inner, sums, order, first, active, next, end;
+  int64_t inner, sums, order, first, active, next, inner_gradient, weight_gradients, end;
 
-  Parts(const mixtura_experts &e, int64_t T, int64_t K, int threads) {
+  Parts(const mixtura_experts &e, int64_t T, int64_t K, int threads, bool backward) {
+    const int64_t bytes = e.dtype == MIXTURA_FLOAT32 ? 4 : 2, parts = (e.width + MIXTURA_UNITS - 1) / MIXTURA_UNITS;
     inner = 0;
-    sums = inner + up_to_line(T * K * e.width * (e.dtype == MIXTURA_FLOAT32 ? 4 : 2));
+    sums = inner + up_to_line(T * K * e.width * bytes);
     order = sums + up_to_line(threads * T * MIXTURA_COLUMNS * 4);
     first = order + up_to_line(T * K * 4);
     active = first + up_to_line((e.num_experts + 1) * 8);
     next = active + up_to_line(e.num_experts * 8);
-    end = next + up_to_line(e.num_experts * 8);
+    inner_gradient = next + up_to_line(e.num_experts * 8);
+    weight_gradients = inner_gradient + (backward ? up_to_line(T * K * (e.gated ? 2 : 1) * e.width * bytes) : 0);
+    end = weight_gradients + (backward ? up_to_line(parts * T * K * 4) : 0);
   }
 };
 
@@ -79,6 +84,30 @@ int sort(mixtura_plan &plan, const int64_t *indices, int32_t *order, int64_t *fi
   for (int64_t s = 0; s < S; s++)
     if (indices[s] < E) order[next[indices[s]]++] = (int32_t)s;
   return 0;
+}
+
+mixtura_plan call(const mixtura_experts *experts, const void *hidden, const float *weights, int64_t T, int64_t K,
+                  int threads) {
+  mixtura_plan plan;
+  std::memset(&plan, 0, sizeof(plan));
+  plan.experts = *experts, plan.hidden = hidden, plan.weights = weights;
+  plan.T = T, plan.K = K, plan.threads = threads;
+  return plan;
+}
+
+// Places of the workspace, and the slots in order. Returns the code of the call.
+int prepare(mixtura_plan &plan, const int64_t *indices, char *base) {
+  const mixtura_experts &e = plan.experts;
+  if (e.dtype < MIXTURA_FLOAT32 || e.dtype > MIXTURA_BFLOAT16) return 2;
+  if (e.activation < MIXTURA_IDENTITY || e.activation > MIXTURA_CLAMPED_SWIGLU) return 2;
+  const Parts parts(e, plan.T, plan.K, plan.threads, plan.gradients != nullptr);
+  int32_t *order = (int32_t *)(base + parts.order);
+  int64_t *first = (int64_t *)(base + parts.first), *active = (int64_t *)(base + parts.active);
+  plan.order = order, plan.first = first, plan.active = active;
+  plan.inner = base + parts.inner, plan.sums = (float *)(base + parts.sums);
+  plan.inner_gradient = base + parts.inner_gradient;
+  plan.weight_gradients = (float *)(base + parts.weight_gradients);
+  return sort(plan, indices, order, first, active, (int64_t *)(base + parts.next));
 }
 }  // namespace
 
@@ -106,22 +135,27 @@ int mixtura_use_isa(const char *name) {
   return 1;
 }
 
-int64_t mixtura_workspace(const mixtura_experts *experts, int64_t T, int64_t K, int threads) {
-  return Parts(*experts, T, K, threads).end;
+int64_t mixtura_workspace(const mixtura_experts *experts, int64_t T, int64_t K, int threads, int backward) {
+  return Parts(*experts, T, K, threads, backward).end;
 }
 
 int mixtura_experts_forward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
                             const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads) {
-  if (experts->dtype < MIXTURA_FLOAT32 || experts->dtype > MIXTURA_BFLOAT16) return 2;
-  if (experts->activation < MIXTURA_IDENTITY || experts->activation > MIXTURA_CLAMPED_SWIGLU) return 2;
-  const Parts parts(*experts, T, K, threads);
-  char *base = (char *)workspace;
-  int32_t *order = (int32_t *)(base + parts.order);
-  int64_t *first = (int64_t *)(base + parts.first), *active = (int64_t *)(base + parts.active);
-  mixtura_plan plan{*experts, hidden, weights, out, T, K, threads, order, first, active, 0, base + parts.inner,
-                    (float *)(base + parts.sums)};
-  if (sort(plan, indices, order, first, active, (int64_t *)(base + parts.next))) return 1;
+  mixtura_plan plan = call(experts, hidden, weights, T, K, threads);
+  plan.out = out;
+  if (int code = prepare(plan, indices, (char *)workspace)) return code;
   current->forward(&plan);
+  return 0;
+}
+
+int mixtura_experts_backward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
+                             const float *weights, const mixtura_gradients *gradients, void *workspace, int64_t T,
+                             int64_t K, int threads) {
+  mixtura_plan plan = call(experts, hidden, weights, T, K, threads);
+  plan.gradients = gradients;
+  if (int code = prepare(plan, indices, (char *)workspace)) return code;
+  for (int64_t s = 0; s < T * K; s++) gradients->weights[s] = 0;
+  current->backward(&plan);
   return 0;
 }
 }

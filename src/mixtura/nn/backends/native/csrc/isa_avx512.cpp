@@ -2,4 +2,4 @@
 #define MIXTURA_LANES 16
 #define MIXTURA_TILE_M 6
 #define MIXTURA_TILE_M_WIDENED 4
-#include "kernels.h"
+#include "entry.h"

@@ -3,4 +3,4 @@
 #define MIXTURA_TILE_M 6
 #define MIXTURA_TILE_M_WIDENED 4
 #define MIXTURA_BF16_PAIRS
-#include "kernels.h"
+#include "entry.h"

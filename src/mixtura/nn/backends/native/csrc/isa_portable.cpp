@@ -2,4 +2,4 @@
 #define MIXTURA_LANES 4
 #define MIXTURA_TILE_M 2
 #define MIXTURA_TILE_M_WIDENED 2
-#include "kernels.h"
+#include "entry.h"

@@ -15,7 +15,7 @@
 namespace MIXTURA_ISA {
 
 using i64 = int64_t;
-constexpr i64 UNITS = 64;         // hidden units of a task of the first phase
+constexpr i64 UNITS = MIXTURA_UNITS;
 constexpr i64 BLOCK = 256 << 10;  // bytes of tokens that stay in the second-level cache
 
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
@@ -91,22 +91,20 @@ template <class T> void dots(const T *const *b, const T *const *a, i64 M, i64 K,
   }
 }
 
-// c[m][0 .. 2W) = sum over k of a[m][k] b[k][0 .. 2W), for weights that are stored (in, out)
-template <class T, int M> void spread_tile(const T *b, i64 stride, const T *const *a, i64 K, float (*c)[2 * W]) {
-  V sum[2 * M] = {};
+// c[m][0 .. NV W) = sum over k of a[m][k] b[k][0 .. NV W), for weights that are stored (in, out)
+template <class T, int M, int NV> void spread_tile(const T *b, i64 stride, const T *const *a, i64 K, float (*c)[2 * W]) {
+  V sum[NV * M] = {};
   for (i64 k = 0; k < K; k++) {
-    V b0 = load(b + k * stride), b1 = load(b + k * stride + W);
+    V row[NV];
+    for (int v = 0; v < NV; v++) row[v] = load(b + k * stride + v * W);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       V x = set(load1(a[m] + k));
-      sum[2 * m] += x * b0;
-      sum[2 * m + 1] += x * b1;
+      for (int v = 0; v < NV; v++) sum[NV * m + v] += x * row[v];
     }
   }
-  for (int m = 0; m < M; m++) {
-    store(c[m], sum[2 * m]);
-    store(c[m] + W, sum[2 * m + 1]);
-  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < NV; v++) store(c[m] + v * W, sum[NV * m + v]);
 }
 
 // The weights of one expert's projection: row n of (N, K), or column n of (K, N).
@@ -117,12 +115,10 @@ template <class T> struct Projection {
 
   // c[m][i] = bias[n + i] + sum over k of a[m][k] weight[n + i][k], for i < count <= 2W
   void operator()(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
-    if (!transposed)
-      rows(n, count, a, M, c);
-    else if (count == 2 * W)
-      columns(n, a, M, c);
+    if (transposed)
+      columns(n, count, a, M, c);
     else
-      single_columns(n, count, a, M, c);
+      rows(n, count, a, M, c);
     if (bias)
       for (i64 m = 0; m < M; m++)
         for (i64 i = 0; i < count; i++) c[m][i] += load1(bias + n + i);
@@ -139,17 +135,22 @@ template <class T> struct Projection {
     }
   }
 
-  void columns(i64 n, const T *const *a, i64 M, float (*c)[2 * W]) const {
-    if (M == Tile<T>::M) return spread_tile<T, Tile<T>::M>(weight + n, N, a, K, c);
-    for (i64 m = 0; m < M; m++) spread_tile<T, 1>(weight + n, N, a + m, K, c + m);
+  void columns(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
+    i64 done = 0;
+    if (count == 2 * W)
+      spread<2>(n, a, M, c), done = count;
+    else if (count >= W)
+      spread<1>(n, a, M, c), done = W;
+    for (i64 m = 0; m < M; m++)
+      for (i64 i = done; i < count; i++) {
+        c[m][i] = 0;
+        for (i64 k = 0; k < K; k++) c[m][i] += load1(a[m] + k) * load1(weight + k * N + n + i);
+      }
   }
 
-  void single_columns(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
-    for (i64 m = 0; m < M; m++) {
-      for (i64 i = 0; i < count; i++) c[m][i] = 0;
-      for (i64 k = 0; k < K; k++)
-        for (i64 i = 0; i < count; i++) c[m][i] += load1(a[m] + k) * load1(weight + k * N + n + i);
-    }
+  template <int NV> void spread(i64 n, const T *const *a, i64 M, float (*c)[2 * W]) const {
+    if (M == Tile<T>::M) return spread_tile<T, Tile<T>::M, NV>(weight + n, N, a, K, c);
+    for (i64 m = 0; m < M; m++) spread_tile<T, 1, NV>(weight + n, N, a + m, K, c + m);
   }
 };
 
@@ -194,30 +195,40 @@ template <class T> struct Call {
     const i64 begin = plan.first[x], end = plan.first[x + 1];
     const i64 block = most(TILE, BLOCK / (D * (i64)sizeof(T)) / TILE * TILE);
     for (i64 b = begin; b < end; b += block)
-      for (i64 f = from; f < to; f += W)
+      for (i64 f = from; f < to; f += 2 * W)
         for (i64 m = b; m < least(end, b + block); m += TILE) {
           const T *a[TILE];
           const i64 M = least(TILE, least(end, b + block) - m);
           for (i64 i = 0; i < M; i++) a[i] = (const T *)plan.hidden + plan.order[m + i] / plan.K * D;
-          units(project, a, M, f, least(W, to - f), (T *)plan.inner + m * F + f);
+          units(project, a, M, f, least(2 * W, to - f), (T *)plan.inner + m * F + f);
         }
+  }
+
+  // What enters the activation, of n <= 2W units; up only of gated experts.
+  void preactivations(const Projection<T> &project, const T *const *a, i64 M, i64 f, i64 n, float (*gate)[2 * W],
+                      float (*up)[2 * W]) const {
+    if (!e.gated || !e.interleaved) {
+      project(f, n, a, M, gate);
+      if (e.gated) project(F + f, n, a, M, up);
+      return;
+    }
+    float both[TILE][2 * W];
+    for (i64 i = 0; i < n; i += W) {
+      const i64 units = least(W, n - i);
+      project(2 * (f + i), 2 * units, a, M, both);
+      for (i64 m = 0; m < M; m++)
+        for (i64 j = 0; j < units; j++) gate[m][i + j] = both[m][2 * j], up[m][i + j] = both[m][2 * j + 1];
+    }
   }
 
   void units(const Projection<T> &project, const T *const *a, i64 M, i64 f, i64 n, T *result) const {
     float gate[TILE][2 * W] = {}, up[TILE][2 * W] = {};
-    if (e.gated && e.interleaved) {
-      float both[TILE][2 * W];
-      project(2 * f, 2 * n, a, M, both);
-      for (i64 m = 0; m < M; m++)
-        for (i64 i = 0; i < n; i++) gate[m][i] = both[m][2 * i], up[m][i] = both[m][2 * i + 1];
-    } else {
-      project(f, n, a, M, gate);
-      if (e.gated) project(F + f, n, a, M, up);
-    }
-    for (i64 m = 0; m < M; m++) {
-      V x = e.gated ? combine(e, load(gate[m]), load(up[m])) : activate(e.activation, load(gate[m]));
-      store_some(result + m * F, x, n);
-    }
+    preactivations(project, a, M, f, n, gate, up);
+    for (i64 m = 0; m < M; m++)
+      for (i64 i = 0; i < n; i += W) {
+        V x = e.gated ? combine(e, load(gate[m] + i), load(up[m] + i)) : activate(e.activation, load(gate[m] + i));
+        store_some(result + m * F + i, x, n - i);
+      }
   }
 
   // Output columns from .. to of all tokens.
@@ -272,7 +283,3 @@ inline void forward(const mixtura_plan *plan) {
     Call<bf16>{*plan}();
 }
 }  // namespace MIXTURA_ISA
-
-#define MIXTURA_JOIN_(a, b) a##b
-#define MIXTURA_JOIN(a, b) MIXTURA_JOIN_(a, b)
-extern "C" void MIXTURA_JOIN(mixtura_forward_, MIXTURA_ISA)(const mixtura_plan *plan) { MIXTURA_ISA::forward(plan); }

@@ -31,13 +31,27 @@ typedef struct {
   float alpha, limit;
 } mixtura_experts;
 
-// Bytes of workspace that a call needs.
-int64_t mixtura_workspace(const mixtura_experts *experts, int64_t T, int64_t K, int threads);
+// Where gradients go, in the shapes and types of what they are of; a null pointer where none is wanted. Those of the
+// experts' weights must be zero before: experts without a slot are not touched.
+typedef struct {
+  const void *out;  // (T, D), the gradient that is given
+  void *hidden;     // (T, D)
+  float *weights;   // (T, K)
+  void *first, *first_bias, *down, *down_bias;
+} mixtura_gradients;
+
+// Bytes of workspace that a call needs, forward or backward.
+int64_t mixtura_workspace(const mixtura_experts *experts, int64_t T, int64_t K, int threads, int backward);
 
 // out (T, D) = sum over slots of weight times expert. Slots whose index is E or more are empty.
 // Returns 0; 1 for a negative index, 2 for a dtype or activation that is not known; out is then as it was.
 int mixtura_experts_forward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
                             const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads);
+
+// Gradients of all inputs of a forward call; hidden units are computed again. Returns as forward does.
+int mixtura_experts_backward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
+                             const float *weights, const mixtura_gradients *gradients, void *workspace, int64_t T,
+                             int64_t K, int threads);
 
 // The instruction set in use; and all that this processor has, the best first, separated by spaces.
 const char *mixtura_isa(void);

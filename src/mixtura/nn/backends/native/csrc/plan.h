@@ -16,10 +16,15 @@ typedef struct {
   const int32_t *order;
   const int64_t *first, *active;  // active: experts that have slots
   int64_t num_active;
-  void *inner;  // (filled slots, F), hidden units in the order of the slots
+  void *inner;  // (filled slots, F), hidden units in the order of the slots; backward, each times its slot's weight
   float *sums;  // (threads, T, MIXTURA_COLUMNS)
+  // Of backward alone:
+  const mixtura_gradients *gradients;
+  void *inner_gradient;     // (filled slots, C), of what enters the activation, in the order of the weights' rows
+  float *weight_gradients;  // (parts of F, filled slots), summands of the gradients of the weights
 } mixtura_plan;
 
 enum { MIXTURA_COLUMNS = 64 };  // output columns that a thread sums up at once
+enum { MIXTURA_UNITS = 64 };    // hidden units of a task
 
-typedef void (*mixtura_forward)(const mixtura_plan *);
+typedef void (*mixtura_run)(const mixtura_plan *);

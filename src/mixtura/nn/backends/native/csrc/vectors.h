@@ -47,6 +47,13 @@ inline void store(bf16 *p, V v) {  // to the nearest, ties to even; NaN stays Na
   std::memcpy(p, &half, sizeof(half));
 }
 
+inline void store1(float *p, float x) { *p = x; }
+inline void store1(bf16 *p, float x) {
+  bf16 whole[W];
+  store(whole, set(x));
+  *p = whole[0];
+}
+
 template <class T> inline void store_some(T *p, V v, int64_t n) {
   if (n >= W) return store(p, v);
   T whole[W];
