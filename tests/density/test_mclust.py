@@ -1,6 +1,6 @@
 """Side by side with R's mclust 6.0.0, whose numbers benchmarks/density/mclust_reference.R printed.
 
-Every fit starts from the same classification. mclust's VVE is an exception: its maximization stops short of the maximum, and
+Every fit starts from the same classification. VVE is an exception: mclust stops short of its maximum, and
 EM that goes on from its result climbs; there ours is compared by what it must reach.
 """
 

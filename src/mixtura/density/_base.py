@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from mixtura.core.errors import OptionError
 from mixtura.density._checks import as_numpy, check_table, mixture_frame
 from mixtura.density._em import Index, evaluate
 from mixtura.density._parameters import Parameters, Scores, full_covariances
@@ -128,6 +127,4 @@ class MixtureBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         if sample_weight is None:
             return float(log_N.sum()), float(len(log_N))
         weights_N = _check_sample_weight(as_numpy(sample_weight), log_N[:, None], ensure_non_negative=True)
-        if not weights_N.sum() > 0:
-            raise OptionError("sample_weight must not be zero for every row")
         return float(weights_N @ log_N), float(weights_N.sum())

@@ -56,18 +56,18 @@ def check_rows(
     data_ND = check_table(estimator, X, reset=reset)
     labels = check_labels(as_numpy(y), len(data_ND), K)
     noise = check_noise(as_numpy(noise_cov), data_ND)
-    weights_N = None
+    weights_N, kept_N = None, None
     if sample_weight is not None:
         weights_N = _check_sample_weight(as_numpy(sample_weight), data_ND, dtype=np.float64, ensure_non_negative=True)
         kept_N = weights_N > 0
-        if not kept_N.any():
-            raise OptionError("sample_weight must not be zero for every row")
-        if not kept_N.all():
+        if kept_N.all():
+            kept_N = None
+        else:
             data_ND, weights_N = data_ND[kept_N], weights_N[kept_N]
             labels, noise = (None if one is None else one[kept_N] for one in (labels, noise))
     if len(data_ND) < K:
         raise OptionError(f"n_components={K} is more than the {len(data_ND)} rows of X (n_samples={len(data_ND)})")
-    return Rows(data_ND, weights_N, labels, noise, estimator.batch_size)
+    return Rows(data_ND, weights_N, labels, noise, estimator.batch_size, kept_N)
 
 
 def check_labels(y: Any, N: int, K: int) -> NDArray[Any] | None:

@@ -64,7 +64,7 @@ class Hidden:
         total = self.covariances_KDD[:, None][..., o[:, None], o]
         if noise_MDD is not None:
             total = total + noise_MDD[:, o[:, None], o]
-        flat = total.reshape(-1, len(o), len(o))
+        flat = total.reshape(total.shape[0] * total.shape[1], len(o), len(o))
         factors = cholesky_factors(flat).reshape(total.shape)
         log_det = np.log(np.diagonal(factors, axis1=-2, axis2=-1)).sum(-1)
         side = self.covariances_KDD[:, None][..., o, :]

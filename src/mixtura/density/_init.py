@@ -29,7 +29,7 @@ def start(init: Any, rows: Rows, K: int, rng: np.random.RandomState) -> NDArray[
         ShapeError: if it is an array of another shape.
     """
     if not isinstance(init, str):
-        return check_responsibilities(init, rows.N, K)
+        return given_responsibilities(init, rows, K)
     if init not in NAMES:
         raise OptionError(f"init must be one of {', '.join(NAMES)}, or responsibilities, got {init!r}")
     if K == 1:
@@ -41,6 +41,13 @@ def start(init: Any, rows: Rows, K: int, rng: np.random.RandomState) -> NDArray[
     data_ND = whiten(rows) if init != "kmeans" else rows.data_ND - rows.frame.shift_D
     components_N = (hierarchy if init == "hierarchical" else kmeans)(data_ND, rows, K, rng)
     return keep_labels(components_N, rows.labels)
+
+
+def given_responsibilities(init: Any, rows: Rows, K: int) -> NDArray[Any]:
+    """Given responsibilities, or components, of the rows that have weight."""
+    if rows.kept_N is None:
+        return check_responsibilities(init, rows.N, K)
+    return check_responsibilities(init, len(rows.kept_N), K)[rows.kept_N]
 
 
 def check_responsibilities(init: Any, N: int, K: int) -> NDArray[Any]:

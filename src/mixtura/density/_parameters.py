@@ -110,8 +110,9 @@ def cholesky_factors(covariances_KDD: Floats) -> Floats:
     except np.linalg.LinAlgError:
         _refuse(np.array([not _positive(one_DD) for one_DD in covariances_KDD]))
         raise
-    diagonal_KD = np.diagonal(factors_KDD, axis1=1, axis2=2)
-    _refuse(~(diagonal_KD > 0).all(1))
+    squares_KD = np.diagonal(factors_KDD, axis1=1, axis2=2) ** 2
+    rounding = 16 * covariances_KDD.shape[1] * np.finfo(np.float64).eps
+    _refuse(~(squares_KD > rounding * np.diagonal(covariances_KDD, axis1=1, axis2=2)).all(1))
     return factors_KDD
 
 

@@ -31,6 +31,7 @@ class Rows:
         weights_N: positive row weights, or None for 1.
         labels: component of each row, -1 where unknown, (N,); or probabilities of components, (N, K); or None.
         noise: variances (N, D) or covariances (N, D, D) of each row's own noise, or None.
+        kept_N: which of the rows that were given are here, or None for all.
         batch_size: rows of a chunk, or None for as many as fit a core's cache.
     """
 
@@ -39,6 +40,7 @@ class Rows:
     labels: NDArray | None = None
     noise: Floats | None = None
     batch_size: int | None = None
+    kept_N: NDArray[np.bool_] | None = None
     given_frame: Frame | None = None  # where results must not depend on what else is in the batch
 
     @property
@@ -83,6 +85,11 @@ class Rows:
             shift_D[column] = values_N.mean(dtype=np.float64)
             spread = values_N.std(dtype=np.float64)
             scale_D[column] = spread if spread > 0 else 1.0
+
+    def known_columns(self) -> tuple[list[int], list[int]]:
+        """Columns of which no value is observed, and columns whose observed values are all the same."""
+        low_D, high_D = np.fmin.reduce(self.data_ND, axis=0), np.fmax.reduce(self.data_ND, axis=0)
+        return np.flatnonzero(np.isnan(low_D)).tolist(), np.flatnonzero(low_D == high_D).tolist()
 
     def log_known(self, part: Index, K: int) -> Floats | None:
         """Log of what is known of the components of some rows, (K, M): 0 where they may be, -inf where they are not."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 
-from mixtura.core.errors import OptionError
+from mixtura.core.errors import MixturaWarning, OptionError
 from mixtura.density import _init
 from mixtura.density._base import MixtureBase
 from mixtura.density._checks import check_number, check_rows, check_whole_number
@@ -25,6 +25,7 @@ from mixtura.density._rows import Rows
 from mixtura.density._statistics import Statistics
 from mixtura.density._streaming import Streaming
 from mixtura.density.constraints import check_constraints
+from mixtura.density.errors import SingularComponentError
 from mixtura.density.families import find_family
 from mixtura.density.links import Link, find_links
 from mixtura.density.priors import NIW
@@ -147,8 +148,10 @@ class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
     def _model(self, rows: Rows) -> Model:
         constraints = check_constraints(self.constraints, self.n_components, rows.D)
         self._links = find_links(constraints, rows.N)
-        if self._links is not None and (self.noise_component or rows.incomplete or rows.noise is not None):
-            raise OptionError("links of rows go with neither noise_component, missing values nor noise_cov")
+        hidden = self.noise_component or rows.incomplete or rows.noise is not None or rows.kept_N is not None
+        if self._links is not None and hidden:
+            raise OptionError("links of rows go with no noise_component, missing values, noise_cov, or weights of 0")
+        self._check_columns(rows)
         prior = self.prior
         if prior is not None:
             one = moments_of(fill_means(rows), np.zeros(rows.N, np.intp), 1, diagonal=False)
@@ -157,6 +160,20 @@ class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
         on_parameters = [constraint for constraint in constraints if not isinstance(constraint, Link)]
         family = find_family(self.covariance)
         return Model(family, self.reg_covar, prior, self.weight_concentration, on_parameters)
+
+    def _check_columns(self, rows: Rows) -> None:
+        unseen, constant = rows.known_columns()
+        if constant and self.reg_covar == 0 and self.prior is None:
+            raise SingularComponentError(
+                f"column {constant[0]} of X has the same value in every row, so its variance is 0: leave it out, or "
+                "give a reg_covar or a prior"
+            )
+        if unseen:
+            warnings.warn(
+                f"columns {unseen} of X hold no value: nothing is learned of them; leave them out",
+                MixturaWarning,
+                stacklevel=4,
+            )
 
     def _warm(self, rows: Rows) -> Parameters:
         if self.means_.shape != (self.n_components, rows.D):
@@ -173,8 +190,8 @@ class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
         K, noise_weight, init = self.n_components, 0.0, self.init
         if self.noise_component:
             noise_weight = FIRST_WEIGHT
-            if not isinstance(init, str) and np.shape(init) == (rows.N, K + 1):
-                given = _init.check_responsibilities(init, rows.N, K + 1)
+            if not isinstance(init, str) and np.shape(init)[1:] == (K + 1,):
+                given = _init.given_responsibilities(init, rows, K + 1)
                 init, noise_weight = given[:, :K], float(given[:, K].mean())
         given = init if noise_weight != FIRST_WEIGHT and self.noise_component else _init.start(init, rows, K, rng)
         statistics = moments_of(fill_means(rows), given, K, diagonal=model.family.diagonal)

@@ -1,0 +1,327 @@
+"""What fitting promises: parity with scikit-learn, weights, labels, a likelihood that never falls, and no NaN."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture as SklearnMixture
+
+from mixtura.core.errors import MixturaError, MixturaWarning, OptionError, ShapeError, UnknownNameError
+from mixtura.density import FAMILIES, GaussianMixture, SingularComponentError
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+
+def rows(n=200, d=3, k=3, seed=0, offset=0.0):
+    generator = np.random.default_rng(seed)
+    which = generator.integers(0, k, n)
+    return generator.normal(size=(n, d)) * (1 + which[:, None]) + 4 * which[:, None] + offset, which
+
+
+def responsibilities(n=200, k=3, seed=1):
+    return np.random.default_rng(seed).dirichlet(np.ones(k), n)
+
+
+def same(one, two, rtol=1e-12):
+    np.testing.assert_allclose(one.weights_, two.weights_, rtol=rtol)
+    np.testing.assert_allclose(one.means_, two.means_, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(one.covariances_, two.covariances_, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("algorithm", ["gemm", "cholesky"])
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+def test_ten_iterations_are_those_of_scikit_learn(kind, algorithm):
+    X, _ = rows(offset=10)
+    start = responsibilities()
+    ours = GaussianMixture(3, covariance=kind, init=start, tol=0, max_iter=10, algorithm=algorithm).fit(X)
+    first = GaussianMixture(3, covariance=kind, init=start, max_iter=0).fit(X).to_sklearn()
+    theirs = SklearnMixture(
+        3,
+        covariance_type=kind,
+        tol=0,
+        max_iter=10,
+        weights_init=first.weights_,
+        means_init=first.means_,
+        precisions_init=first.precisions_,
+    ).fit(X)
+    theirs_as_ours = GaussianMixture.from_sklearn(theirs)
+    same(ours, theirs_as_ours, rtol=1e-10)
+    assert ours.lower_bound_ == pytest.approx(theirs.lower_bound_, rel=1e-10)
+    np.testing.assert_allclose(ours.score_samples(X), theirs.score_samples(X), rtol=1e-9)
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-9)
+    assert (ours.predict(X) == theirs.predict(X)).all()
+    assert ours.bic(X) == pytest.approx(theirs.bic(X), rel=1e-8)
+    assert ours.aic(X) == pytest.approx(theirs.aic(X), rel=1e-8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_likelihood_never_falls(family):
+    X, _ = rows()
+    ours = GaussianMixture(3, covariance=family, init=responsibilities(), reg_covar=0, tol=0, max_iter=60).fit(X)
+    assert np.diff(ours.lower_bounds_).min() > -1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("algorithm", ["gemm", "cholesky"])
+def test_chunks_do_not_change_results(family, algorithm):
+    X, _ = rows()
+    options = {"covariance": family, "init": responsibilities(), "tol": 0, "max_iter": 5, "algorithm": algorithm}
+    same(GaussianMixture(3, **options).fit(X), GaussianMixture(3, batch_size=7, **options).fit(X), rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["VVV", "EEE", "VVI", "VEV"])
+def test_whole_weights_are_repeated_rows(family):
+    X, _ = rows()
+    weights = np.random.default_rng(3).integers(0, 4, len(X))
+    options = {"covariance": family, "max_iter": 20, "tol": 0, "random_state": 0}
+    weighted = GaussianMixture(3, **options).fit(X, sample_weight=weights)
+    repeated = GaussianMixture(3, **options).fit(np.repeat(X, weights, axis=0))
+    same(weighted, repeated, rtol=1e-9)
+    given = GaussianMixture(3, init=responsibilities(), covariance=family, max_iter=1, tol=0, reg_covar=0)
+    weighted = given.fit(X, sample_weight=weights).covariances_
+    given.set_params(init=np.repeat(responsibilities(), weights, axis=0))
+    np.testing.assert_allclose(weighted, given.fit(np.repeat(X, weights, axis=0)).covariances_, rtol=1e-12, atol=1e-12)
+    assert given.bic(X, weights) == pytest.approx(given.bic(np.repeat(X, weights, axis=0)), rel=1e-12)
+    assert given.icl(X, weights) == pytest.approx(given.icl(np.repeat(X, weights, axis=0)), rel=1e-12)
+
+
+def test_a_row_of_weight_0_is_not_there():
+    X, _ = rows()
+    weights = np.ones(len(X))
+    weights[::3] = 0
+    far = np.where(weights[:, None] > 0, X, 1e9)
+    kept = GaussianMixture(3, random_state=0).fit(X[weights > 0], sample_weight=weights[weights > 0])
+    assert np.array_equal(GaussianMixture(3, random_state=0).fit(far, sample_weight=weights).means_, kept.means_)
+
+
+def test_scaled_weights_change_only_bic():
+    X, _ = rows()
+    weights = np.random.default_rng(3).uniform(0.5, 2, len(X))
+    one = GaussianMixture(3, random_state=0, tol=0, max_iter=20).fit(X, sample_weight=weights)
+    ten = GaussianMixture(3, random_state=0, tol=0, max_iter=20).fit(X, sample_weight=10 * weights)
+    same(one, ten, rtol=1e-9)
+    assert one.score(X, sample_weight=weights) == pytest.approx(ten.score(X, sample_weight=10 * weights), rel=1e-12)
+    assert ten.bic(X, 10 * weights) - 10 * one.bic(X, weights) == pytest.approx(
+        one.n_parameters_ * (np.log(10 * weights.sum()) - 10 * np.log(weights.sum())), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "peer"), [("VVV", QuadraticDiscriminantAnalysis()), ("EEE", LinearDiscriminantAnalysis())]
+)
+def test_all_labels_given_is_discriminant_analysis(family, peer):
+    X, y = rows()
+    ours = GaussianMixture(3, covariance=family, reg_covar=0, max_iter=1, tol=0).fit(X, y)
+    np.testing.assert_allclose(ours.means_, [X[y == k].mean(0) for k in range(3)], rtol=1e-12)
+    np.testing.assert_allclose(ours.weights_, np.bincount(y) / len(y), rtol=1e-12)
+    within = np.stack([np.cov(X[y == k].T, bias=True) for k in range(3)])
+    if family == "VVV":
+        np.testing.assert_allclose(ours.covariances_, within, rtol=1e-10)
+        peer.set_params(priors=ours.weights_, store_covariance=True).fit(X, y)
+        np.testing.assert_allclose(ours.covariances_, np.stack(peer.covariance_), rtol=1e-9)
+    else:
+        peer.set_params(solver="lsqr", store_covariance=True).fit(X, y)
+        np.testing.assert_allclose(ours.covariances_, np.stack([peer.covariance_] * 3), rtol=1e-9)
+        np.testing.assert_allclose(ours.predict_proba(X), peer.predict_proba(X), atol=1e-9)
+
+
+def test_labels_unknown_everywhere_change_nothing():
+    X, _ = rows()
+    plain, unknown = (GaussianMixture(3, random_state=0).fit(X, y) for y in (None, np.full(len(X), -1)))
+    assert np.array_equal(plain.means_, unknown.means_)
+    soft = GaussianMixture(3, random_state=0).fit(X, np.ones((len(X), 3)))
+    same(plain, soft, rtol=1e-9)
+
+
+def test_some_labels_name_the_components():
+    X, which = rows()
+    for order in ([0, 1, 2], [2, 0, 1]):
+        y = np.where(np.arange(len(X)) % 10 == 0, np.array(order)[which], -1)
+        ours = GaussianMixture(3, random_state=0).fit(X, y)
+        assert (ours.predict(X) == np.array(order)[which]).mean() > 0.85
+    hard = GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, y)
+    soft = np.where(y[:, None] >= 0, np.eye(3)[y], 1.0)
+    same(hard, GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, soft), rtol=1e-9)
+
+
+def test_what_cannot_be_labels_is_ignored_with_a_warning():
+    X, _ = rows()
+    plain = GaussianMixture(3, random_state=0).fit(X)
+    for y in (X[:, 0], np.full(len(X), 3), np.full(len(X), -2)):
+        with pytest.warns(MixturaWarning, match="y is ignored: labels of components must be whole numbers from -1"):
+            assert np.array_equal(GaussianMixture(3, random_state=0).fit(X, y).means_, plain.means_)
+
+
+def test_float32_stays_close_and_keeps_its_type():
+    X, _ = rows(offset=100)
+    double = GaussianMixture(3, init=responsibilities(), tol=0, max_iter=10)
+    for algorithm in ("gemm", "cholesky"):
+        single = GaussianMixture(3, init=responsibilities(), tol=0, max_iter=10, algorithm=algorithm).fit(
+            X.astype("f4")
+        )
+        np.testing.assert_allclose(single.means_, double.fit(X).means_, rtol=1e-4)
+        assert single.predict_proba(X.astype("f4")).dtype == np.float32
+
+
+def test_torch_tensors_come_in():
+    import torch
+
+    X, y = rows()
+    ours = GaussianMixture(3, random_state=0).fit(torch.tensor(X), torch.tensor(y), sample_weight=torch.ones(len(X)))
+    assert np.array_equal(ours.predict(torch.tensor(X)), ours.predict(X))
+    assert np.array_equal(
+        ours.means_, GaussianMixture(3, random_state=0).fit(X, y, sample_weight=np.ones(len(X))).means_
+    )
+
+
+def test_frames_and_named_output():
+    import pandas
+
+    X, _ = rows()
+    frame = pandas.DataFrame(X, columns=["a", "b", "c"])
+    ours = GaussianMixture(3, random_state=0).fit(frame).set_output(transform="pandas")
+    out = ours.transform(frame)
+    assert list(out.columns) == ["gaussianmixture0", "gaussianmixture1", "gaussianmixture2"]
+    np.testing.assert_array_equal(out.to_numpy(), ours.predict_proba(frame))
+    with pytest.raises(ValueError, match="feature names"):
+        ours.predict(frame[["b", "a", "c"]])
+
+
+def test_tiny_components_far_apart_keep_their_digits():
+    generator = np.random.default_rng(0)
+    unit = generator.normal(size=(400, 2))
+    which = np.repeat([0, 1], 200)
+    X = 1e-6 * unit + which[:, None]
+    ours = GaussianMixture(2, reg_covar=0, random_state=0).fit(X)
+    order = np.argsort(ours.means_[:, 0])
+    expected = [np.cov(X[which == k].T, bias=True) for k in range(2)]
+    np.testing.assert_allclose(ours.covariances_[order], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [1e6, 1e8])
+def test_far_from_the_origin(offset):
+    X, _ = rows()
+    near = GaussianMixture(3, random_state=0, init=responsibilities()).fit(X)
+    far = GaussianMixture(3, random_state=0, init=responsibilities()).fit(X + offset)
+    np.testing.assert_allclose(far.covariances_, near.covariances_, rtol=1e-5, atol=1e-5)
+    assert far.score(X + offset) == pytest.approx(near.score(X), abs=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1e-120, 1e-9, 1e9, 1e120])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_units_do_not_matter(family, factor):
+    X, _ = rows(120)
+    options = {"covariance": family, "init": responsibilities(120), "reg_covar": 0, "tol": 0, "max_iter": 8}
+    one, other = GaussianMixture(3, **options).fit(X), GaussianMixture(3, **options).fit(X * factor)
+    np.testing.assert_allclose(other.means_ / factor, one.means_, rtol=1e-6)
+    np.testing.assert_allclose(other.covariances_ / factor**2, one.covariances_, rtol=1e-5, atol=1e-8)
+    assert other.lower_bound_ + X.shape[1] * np.log(factor) == pytest.approx(one.lower_bound_, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["VVV", "EEE", "EII", "VII", "EEV", "VEV", "EVV"])
+def test_rotation_rotates(family):
+    X, _ = rows()
+    turn = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
+    options = {"covariance": family, "init": responsibilities(), "reg_covar": 0, "tol": 0, "max_iter": 5}
+    one, other = GaussianMixture(3, **options).fit(X), GaussianMixture(3, **options).fit(X @ turn)
+    np.testing.assert_allclose(other.means_, one.means_ @ turn, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(other.covariances_, turn.T @ one.covariances_ @ turn, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_order_of_columns_and_components_does_not_matter(family):
+    X, _ = rows()
+    options = {"covariance": family, "reg_covar": 0, "tol": 0, "max_iter": 4}
+    one = GaussianMixture(3, init=responsibilities(), **options).fit(X)
+    other = GaussianMixture(3, init=responsibilities()[:, [2, 0, 1]], **options).fit(X[:, [1, 2, 0]])
+    np.testing.assert_allclose(other.means_, one.means_[[2, 0, 1]][:, [1, 2, 0]], rtol=1e-5)
+
+
+@st.composite
+def degenerate_tables(draw):
+    n, d, distinct = draw(st.integers(1, 12)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    seed, scale = draw(st.integers(0, 10**6)), draw(st.sampled_from([1e-200, 1e-12, 1.0, 1e12, 1e100]))
+    offset, constant = draw(st.sampled_from([0.0, 1.0, -1e8, 1e15])), draw(st.booleans())
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(distinct, d))[generator.integers(0, distinct, n)] * scale + offset
+    X[:, 0] = offset if constant else X[:, 0]
+    missing = generator.uniform(size=X.shape) < draw(st.sampled_from([0.0, 0.0, 0.3]))
+    return np.where(missing, np.nan, X)
+
+
+@pytest.mark.filterwarnings("ignore::mixtura.core.errors.MixturaWarning")
+@given(
+    degenerate_tables(),
+    st.integers(1, 5),
+    st.sampled_from(FAMILIES),
+    st.sampled_from([0.0, 1e-6]),
+    st.sampled_from(["kmeans", "whitened-kmeans", "hierarchical", "random"]),
+)
+def test_degenerate_data_fit_or_are_refused_by_name(X, k, family, reg_covar, init):
+    mixture = GaussianMixture(k, covariance=family, reg_covar=reg_covar, init=init, random_state=0, max_iter=10)
+    try:
+        mixture.fit(X)
+    except MixturaError as error:
+        assert len(str(error)) > 20  # noqa: PT017
+        return
+    for value in (mixture.weights_, mixture.means_, mixture.covariances_, mixture.score_samples(X)):
+        assert np.isfinite(value).all()
+    assert mixture.weights_.sum() == pytest.approx(1)
+    np.testing.assert_allclose(mixture.predict_proba(X).sum(1), 1, rtol=1e-9)
+    deviations = np.sqrt(np.diagonal(mixture.covariances_, 0, 1, 2))
+    assert np.linalg.eigvalsh(mixture.covariances_ / deviations[:, :, None] / deviations[:, None]).min() > 0
+
+
+def test_failures_have_names():
+    X, _ = rows()
+    with pytest.raises(SingularComponentError, match="component 0 has a covariance that is not positive definite"):
+        GaussianMixture(1, reg_covar=0).fit(np.c_[X, X[:, 0]])
+    with pytest.raises(OptionError, match="n_components=5 is more than the 4 rows"):
+        GaussianMixture(5).fit(X[:4])
+    with pytest.raises(OptionError, match="n_components=3 is more than the 2 distinct rows"):
+        GaussianMixture(3).fit(np.repeat(X[:2], 5, axis=0))
+    with pytest.raises(OptionError, match="n_components must be a whole number of at least 1, got 0"):
+        GaussianMixture(0).fit(X)
+    with pytest.raises(OptionError, match="tol must be a number of at least 0"):
+        GaussianMixture(tol=-1).fit(X)
+    with pytest.raises(OptionError, match="algorithm must be one of auto, gemm, cholesky"):
+        GaussianMixture(algorithm="svd").fit(X)
+    with pytest.raises(UnknownNameError, match="unknown covariance family 'round'"):
+        GaussianMixture(covariance="round").fit(X)
+    with pytest.raises(OptionError, match="init must be one of kmeans"):
+        GaussianMixture(2, init="sdp").fit(X)
+    with pytest.raises(ShapeError, match=r"init must be responsibilities \(200, 2\)"):
+        GaussianMixture(2, init=np.ones((200, 3))).fit(X)
+    with pytest.raises(ShapeError, match="y must have a label for each of 200 rows"):
+        GaussianMixture(2).fit(X, [0, 1])
+    with pytest.raises(ValueError, match="at least one non-zero"):
+        GaussianMixture(2).fit(X, sample_weight=np.zeros(200))
+    with pytest.raises(OptionError, match="X must lie within"):
+        GaussianMixture().fit(X * 1e160)
+
+
+def test_starts_compete_and_go_on():
+    X, _ = rows()
+    single = [GaussianMixture(4, init="random", random_state=seed, max_iter=3).fit(X).lower_bound_ for seed in range(3)]
+    several = GaussianMixture(4, init="random", random_state=0, n_init=5, max_iter=3).fit(X)
+    assert several.lower_bound_ >= single[0]
+    begun = GaussianMixture(3, init=responsibilities(), tol=0, max_iter=4).fit(X)
+    whole = GaussianMixture(3, init=responsibilities(), tol=0, max_iter=8).fit(X)
+    same(begun.set_params(warm_start=True).fit(X), whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize("init", ["kmeans", "whitened-kmeans", "hierarchical"])
+def test_starts_find_plain_clusters(init):
+    generator = np.random.default_rng(0)
+    which = np.repeat(np.arange(3), 50)
+    X = generator.normal(size=(150, 2)) + 12 * np.eye(3)[which][:, :2]
+    found = GaussianMixture(3, init=init, random_state=0).fit_predict(X)
+    assert len({tuple(pair) for pair in zip(found.tolist(), which.tolist(), strict=True)}) == 3
+
+
+def test_not_converged_is_said():
+    X, _ = rows()
+    with pytest.warns(ConvergenceWarning, match="EM stopped after max_iter=1"):
+        GaussianMixture(3, max_iter=1).fit(X)
