@@ -134,7 +134,7 @@ def test_no_text_breaks_out(tmp_path):
 def test_every_chart_says_what_it_shows(tmp_path):
     page = Page(full(tmp_path))
     charts = page.all("svg")
-    assert len(charts) == 1 + 1 + 4 + 2
+    assert len(charts) == 1 + 1 + 5 + 2
     for chart in charts:
         assert chart["role"] == "img"
         assert len(chart["aria-label"]) > 10

@@ -29,12 +29,12 @@ def made(
     return Trace(**columns, meta=meta)
 
 
-def random(T=200, E=5, K=2, seed=0, layers=("3", "7"), domains=("a", "b", "c")):
-    """Random decisions with empty slots, padding, domains and tokens."""
+def random(T=200, E=5, K=2, seed=0, layers=("3", "7"), domains=("a", "b", "c"), length=None):
+    """Random decisions with empty slots, padding, domains and tokens; in sequences of ``length``, or one."""
     generator = np.random.default_rng(seed)
     experts = np.argsort(generator.random((T, E + 1)), 1)[:, :K]
     weights = np.where(experts < E, generator.random((T, K)), 0)
-    return made(
+    trace = made(
         experts,
         E=E,
         weights_TK=weights,
@@ -44,3 +44,6 @@ def random(T=200, E=5, K=2, seed=0, layers=("3", "7"), domains=("a", "b", "c")):
         layers=layers,
         domains=domains,
     )
+    if length is not None:
+        trace.sequence, trace.position = trace.position // length, trace.position % length
+    return trace

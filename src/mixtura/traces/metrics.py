@@ -1,6 +1,7 @@
-"""What a trace says: who is busy, how evenly, and who is a specialist of what; one entry a layer.
+"""What a trace says: who is busy, how evenly, who is a specialist of what, who works with whom; one entry a layer.
 
-Only real tokens count (``Trace.counted``), and only filled slots. E experts, N labels (domains, or token ids).
+Only real tokens count (``Trace.counted``), and only filled slots. T tokens, E experts, K slots a token, N labels
+(domains, token ids or positions), P positions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,23 @@ from mixtura.core import routing
 from mixtura.core.errors import OptionError
 from mixtura.traces.trace import Trace
 
-Label = Literal["domain", "token"]
+Label = Literal["domain", "token", "position"]
+
+
+class Agreement(NamedTuple):
+    """How far two traces decide alike in one layer, as means over the tokens that both have.
+
+    Attributes:
+        tokens: how many these are.
+        equal: share of tokens with the same set of experts.
+        jaccard: experts in both sets, as a share of those in any.
+        weighted: the same with weights, sum of the smaller ones over sum of the larger ones; 1 only if all are equal.
+    """
+
+    tokens: int
+    equal: float
+    jaccard: float
+    weighted: float
 
 
 class Balance(NamedTuple):
@@ -74,13 +91,22 @@ def specialization(trace: Trace, by: Label = "domain") -> dict[str, float]:
 
     Args:
         trace: tokens without a label (domain -1, token -1) are left out.
-        by: "domain", or "token" for the token id.
+        by: "domain", "token" for the token id, or "position" in the sequence.
 
     Raises:
         OptionError: for another label.
     """
     counted = trace.counted()
     return {layer: _normalized(*_pairs(counted, layer, by)) for layer in trace.layers}
+
+
+def information(trace: Trace, by: Label = "domain") -> dict[str, float]:
+    """Mutual information of expert and label in nats, not normalized; arguments as in ``specialization``."""
+    counted, result = trace.counted(), {}
+    for layer in trace.layers:
+        label_S, expert_S, _ = _pairs(counted, layer, by)
+        result[layer] = max(mutual_information(_joint(label_S, expert_S)), 0.0)
+    return result
 
 
 def chance(trace: Trace, by: Label = "domain", seed: int = 0) -> dict[str, float]:
@@ -102,9 +128,78 @@ def mutual_information(joint_NE: np.ndarray) -> float:
     return routing.entropy(p_NE.sum(0)) + routing.entropy(p_NE.sum(1)) - routing.entropy(p_NE)
 
 
+def co_activation(trace: Trace) -> dict[str, np.ndarray]:
+    """Share of the tokens in which two experts work together, (E, E) for each layer; the diagonal is each by itself."""
+    counted, result = trace.counted(), {}
+    for layer in trace.layers:
+        works_TE = _works(counted.routing(layer))
+        result[layer] = works_TE.T @ works_TE / max(len(works_TE), 1)
+    return result
+
+
+def agreement(one: Trace, other: Trace) -> dict[str, Agreement]:
+    """How far two traces decide alike: two models, precisions or engines on the same text.
+
+    Tokens are matched by sequence and position; of each the last record counts.
+
+    Raises:
+        OptionError: if layers or numbers of experts differ, or the traces have no token in common.
+    """
+    if (one.layers, one.meta["experts"]) != (other.layers, other.meta["experts"]):
+        raise OptionError(f"traces must have the same layers and experts, got {one.layers} and {other.layers}")
+    finals = (one.final(), other.final())
+    return {layer: _agreement(*(_by_place(final, layer) for final in finals)) for layer in one.layers}
+
+
+def drop_rate(trace: Trace) -> dict[str, np.ndarray]:
+    """Share of slots that stayed empty at each position, (P,) for each layer; NaN where there is no token.
+
+    It tells capacities that run out along a sequence, and routers that spend less on some positions.
+    """
+    counted = trace.counted()
+    P, result = int(counted.position.max(initial=-1)) + 1, {}
+    for layer in trace.layers:
+        rows, E = counted.of_layer(layer), trace.num_experts(layer)
+        slots_P, empty_P = (np.bincount(r.position, minlength=P) for r in (rows, rows.select(rows.expert == E)))
+        result[layer] = np.divide(empty_P, slots_P, out=np.full(P, np.nan), where=slots_P > 0)
+    return result
+
+
+def _works(decided: routing.Routing) -> np.ndarray:
+    """Which expert works for which token, (T, E), as 0 and 1."""
+    works_TE: np.ndarray = (routing.scatter_count(decided)[:, :-1] > 0).astype(np.float64)
+    return works_TE
+
+
+def _by_place(final: Trace, layer: str) -> tuple[np.ndarray, routing.Routing]:
+    """Sequence and position of each token as one number, and the decisions."""
+    rows = final.of_layer(layer)
+    first = rows.slot == 0
+    return rows.sequence[first].astype(np.int64) << 32 | rows.position[first], rows.routing(layer)
+
+
+def _agreement(one: tuple[np.ndarray, routing.Routing], other: tuple[np.ndarray, routing.Routing]) -> Agreement:
+    _, at, at_other = np.intersect1d(one[0], other[0], assume_unique=True, return_indices=True)
+    if not len(at):
+        raise OptionError("traces must have tokens in common, by sequence and position, got none")
+    works, works_other = _works(one[1])[at], _works(other[1])[at_other]
+    weights, weights_other = routing.dense(one[1])[at], routing.dense(other[1])[at_other]
+    return Agreement(
+        len(at),
+        float((works == works_other).all(1).mean()),
+        _overlap(works, works_other),
+        _overlap(weights, weights_other),
+    )
+
+
+def _overlap(one_TE: np.ndarray, other_TE: np.ndarray) -> float:
+    """Mean over tokens of the sum of smaller values over that of larger ones; 1 where both have nothing."""
+    smaller_T, larger_T = np.minimum(one_TE, other_TE).sum(1), np.maximum(one_TE, other_TE).sum(1)
+    return float(np.divide(smaller_T, larger_T, out=np.ones(len(one_TE)), where=larger_T > 0).mean())
+
+
 def _normalized(label_S: np.ndarray, expert_S: np.ndarray, token_S: np.ndarray) -> float:
-    names, label_S = np.unique(label_S, return_inverse=True)
-    joint_NE = _joint_counts(label_S, expert_S, len(names), int(expert_S.max(initial=0)) + 1)
+    joint_NE = _joint(label_S, expert_S)
     entropy = routing.entropy(joint_NE.sum(1) / max(joint_NE.sum(), 1))
     return max(mutual_information(joint_NE) / entropy, 0.0) if entropy > 0 else 0.0
 
@@ -112,7 +207,7 @@ def _normalized(label_S: np.ndarray, expert_S: np.ndarray, token_S: np.ndarray) 
 def _pairs(counted: Trace, layer: str, by: Label) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Label, expert and a number of the token for each filled slot that has a label."""
     if by not in get_args(Label):
-        raise OptionError(f"by must be 'domain' or 'token', got {by!r}")
+        raise OptionError(f"by must be one of {', '.join(map(repr, get_args(Label)))}, got {by!r}")
     rows = counted.of_layer(layer)
     token_S = np.cumsum(rows.slot == 0) - 1
     label_S = getattr(rows, by)
@@ -123,6 +218,11 @@ def _pairs(counted: Trace, layer: str, by: Label) -> tuple[np.ndarray, np.ndarra
 def _filled(counted: Trace, layer: str) -> Trace:
     rows = counted.of_layer(layer)
     return rows.select(rows.expert < counted.num_experts(layer))
+
+
+def _joint(label_S: np.ndarray, expert_S: np.ndarray) -> np.ndarray:
+    names, label_S = np.unique(label_S, return_inverse=True)
+    return _joint_counts(label_S, expert_S, len(names), int(expert_S.max(initial=0)) + 1)
 
 
 def _joint_counts(label_S: np.ndarray, expert_S: np.ndarray, labels: int, experts: int) -> np.ndarray:

@@ -176,11 +176,12 @@ def _figures(trace: Trace) -> Iterator[str]:
     text = f"exp(entropy) of the load; stroke: all that there are. Idle in all layers: {idle}."
     yield _bars("Effective experts", effective, "experts", text, sizes)
     yield _bars("Maximal violation of balance", violation, "max / mean − 1", "0 is perfect balance.", top=1.0)
-    for by, what in (("domain", "domain"), ("token", "token id")):
-        values = metrics.specialization(trace, by)  # type: ignore[arg-type]
-        if len(trace.domains) > 1 or by == "token":
+    labels: dict[metrics.Label, str] = {"domain": "domain", "token": "token id", "position": "position"}
+    for by, what in labels.items():
+        if len(trace.domains) > 1 or by != "domain":
+            values = metrics.specialization(trace, by)
             text = f"Share of the {what} that the expert tells, I / H. Stroke: the same with shuffled labels."
-            yield _bars(f"Specialization by {what}", values, "share", text, metrics.chance(trace, by))  # type: ignore[arg-type]
+            yield _bars(f"Specialization by {what}", values, "share", text, metrics.chance(trace, by))
 
 
 def _bars(
