@@ -35,28 +35,22 @@ def broken(part, change):
     return model
 
 
-@pytest.mark.parametrize(
-    ("part", "change", "message"),
-    [
-        ("router", lambda logits, weights, indices: weights, "gives Tensor, not three results"),
-        (
-            "router",
-            lambda logits, weights, indices: (logits, indices, weights),
-            "does not give logits, weights and ind",
-        ),
-        ("router", lambda logits, weights, indices: (logits[:, :3], weights, indices), "does not give logits, weights"),
-        (
-            "experts",
-            lambda hidden, indices, weights: (hidden, indices, 2 * weights),
-            "do not get what its router gives",
-        ),
-        ("experts", lambda hidden, indices, weights: (hidden, indices.flip(1), weights), "do not get what its router"),
-    ],
-    ids=["columns", "weights", "indices"],
-)
-def test_what_breaks_the_contract_is_named_with_its_layer(part, change, message):
-    with pytest.raises(NotExpressibleError, match=f"mixtral: layer 1: .*{message}"):
-        install(broken(part, change), "topk-softmax")
+BROKEN = {
+    "columns": ("router", lambda logits, weights, indices: (logits[:, :3], weights, indices)),
+    "weights": ("experts", lambda hidden, indices, weights: (hidden, indices, 2 * weights)),
+    "indices": ("experts", lambda hidden, indices, weights: (hidden, indices.flip(1), weights)),
+}
+MESSAGES = {
+    "columns": "its router does not give logits, weights and indices",
+    "weights": "its experts do not get what its router gives",
+    "indices": "its experts do not get what its router gives",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_breaks_the_contract_is_named_with_its_layer(what):
+    with pytest.raises(NotExpressibleError, match=f"mixtral: layer 1: {MESSAGES[what]}"):
+        install(broken(*BROKEN[what]), "topk-softmax")
 
 
 def test_a_mixture_that_is_not_called_is_named():
