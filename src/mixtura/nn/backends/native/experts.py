@@ -55,7 +55,7 @@ class _Differentiable(torch.autograd.Function):
         return _forward(struct, *tensors[:3])  # type: ignore[arg-type]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_TD, indices_TK, weights_TK, *experts = ctx.saved_tensors
         wanted = ctx.needs_input_grad
