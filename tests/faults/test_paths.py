@@ -1,6 +1,7 @@
 """Names that people give to folders: the whole way works in them, or one line says why not."""
 
 import os
+import shlex
 
 import pytest
 import torch
@@ -64,6 +65,13 @@ def test_the_card_is_one_heading_whatever_the_name(tmp_path, name):
     card = (out / "README.md").read_text(encoding="utf-8")
     headings = [line for line in card.splitlines() if line.startswith("# ")]
     assert headings == ["# " + " ".join(name.split())]
+
+
+def test_the_command_of_the_card_can_be_pasted(places):
+    out = places.results / NAMES["shell"]
+    assert run(*places.commands(out)["upcycle"]).exit_code == 0
+    (line,) = (line for line in (out / "README.md").read_text().splitlines() if line.startswith("mixtura upcycle"))
+    assert shlex.split(line)[2:4] == [str(places.dense), NAMES["shell"]]
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "ü" * 127 + "n"], ids=["ascii", "umlauts"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -43,8 +44,8 @@ def upcycle(
 
     dense, tokenizer = load_model(model)
     made, receipt = run(dense, method, layers=layers, **options)
-    chosen = "".join(f" --option {pair}" for pair in option)
-    command = f"mixtura upcycle {model} {out.name} --method {method} --layers {layers}{chosen}"
+    chosen = [word for pair in option for word in ("--option", pair)]
+    command = shlex.join(["mixtura", "upcycle", model, out.name, "--method", method, "--layers", layers, *chosen])
     save_model(made, out, tokenizer=tokenizer, parents=(model,), receipts={"upcycle": receipt}, command=command)
     parameters, active = receipt["parameters"], receipt["active_parameters"]
     lines = (
