@@ -64,9 +64,8 @@ def train(
 ) -> TrainResult:
     """Train and save.
 
-    Exact today: the cross-entropy under accumulation, and all of it when a step is one forward pass. Under accumulation
-    a load-balancing term is the mean of the micro-batches' terms (see ``mixtura.hf.losses.balance_loss``). One process
-    only.
+    The loss of a step is the same however ``train.gradient_accumulation`` splits it, balance terms included (see
+    ``mixtura.training.balanced``). A recipe runs in one process; ``MixtureTrainer`` itself can run in several.
 
     Args:
         recipe: what to do.

@@ -71,6 +71,8 @@ class MixtureTrainer(Balanced, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write trained parameters and buffers, by their names in memory; neither frozen weights nor optimizer."""
+        if not self.args.should_save:  # another process writes
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(trained_state(self.model), folder / WEIGHTS, metadata={"format": "pt"})
