@@ -6,13 +6,14 @@ import torch
 
 from mixtura.core import MixturaWarning, NotExpressibleError, OptionError, ShapeError
 from mixtura.hf import convert, record
+from mixtura.hf.native import native_mixtures
 from mixtura.hf.selection import layer_selections
 from mixtura.nn import Experts, Mixture
 from mixtura.nn.routers.hash_routing import HashRouter
 from mixtura.traces.capture import capture
 from mixtura.traces.replay import replay
 from pico import pico, tokens
-from pico_native import native
+from pico_native import FAMILIES, native
 from traces.situations import MODELS, SITUATIONS, break_gates, left_padded, one_process, ours, spread
 
 
@@ -26,6 +27,21 @@ def test_situations(name, situation):
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"ours", "olmoe"}))
 def test_families(name, situation):
     check(MODELS[name](), SITUATIONS[situation])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_every_native_family(family):
+    model, (x, mask) = spread(native(family)), left_padded()
+    with capture(model) as trace:
+        expected = model(x, attention_mask=mask, use_cache=False).logits
+    mixtures = {} if family == "inkling_text" else native_mixtures(model)  # its router weighs shared experts too
+    for mixture in mixtures.values():
+        for parameter in mixture.router.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(model(x, attention_mask=mask, use_cache=False).logits, expected) == (not mixtures)
+    with replay(model, trace):
+        assert torch.equal(model(x, attention_mask=mask, use_cache=False).logits, expected)
 
 
 def check(model, situation):
