@@ -206,7 +206,8 @@ def test_a_term_without_gradient_path_is_named_once(make):
     balancer.begin_step(18)
     with record(model) as states:
         model(tokens())
-    with pytest.warns(MixturaWarning, match=r"'router-z-loss'\] have no gradient path to the routers of layers (1, )?2:"):
+    said = r"'router-z-loss'\] have no gradient path to the routers of layers (1, )?2:"
+    with pytest.warns(MixturaWarning, match=said):
         balancer.loss(states)
     balancer.loss(states)
 

@@ -234,7 +234,7 @@ def test_names_of_ours_are_out_of_reach_for_the_renamings_of_a_base(model_type, 
 
 
 def test_a_block_that_needs_token_ids_is_no_place_for_a_mixture():
-    with pytest.raises(NotExpressibleError, match="layer 0: mlp .* cannot be called with hidden states alone"):
+    with pytest.raises(NotExpressibleError, match=r"layer 0: mlp .* cannot be called with hidden states alone"):
         convert(native("deepseek_v4"), {0: Mixture(TopKRouter(32, 3), Experts(3, 32, 8))})
 
 
