@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
 import shlex
@@ -111,6 +112,8 @@ def test_readme_counts_the_families_that_there_are():
     assert f"the selection of {len(known_families())} native families as data" in text
     assert f"({len(families._OUTSIDE)} families are refused by name)" in text
     assert f"tried on {len(DENSE)} dense families" in text
+    tried = json.loads((ROOT / "docs" / "native_families.json").read_text(encoding="utf-8"))
+    assert f"tried on {sum(not row['refused'] for row in tried.values())} native families" in text
     *most, last = [target.family for target in TARGETS]
     assert f"export to {', '.join(most)} and {last}" in text
 

@@ -98,6 +98,7 @@ def main(out, where, step):
     elif where == "before-mark":
         _act_at(step, "on_save", lambda: _die())
     elif where == "interrupt":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         _act_at(step, "on_step_begin", lambda: os.kill(os.getpid(), signal.SIGINT))
     elif where == "in-weights":
         _die_in_the_middle_of(safetensors.torch, "save_file", "model.safetensors", step)
