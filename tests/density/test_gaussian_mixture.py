@@ -8,26 +8,11 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticD
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
+from density.tables import responsibilities, rows, same
 from mixtura.core.errors import MixturaError, MixturaWarning, OptionError, ShapeError, UnknownNameError
 from mixtura.density import FAMILIES, GaussianMixture, SingularComponentError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-
-
-def rows(n=200, d=3, k=3, seed=0, offset=0.0):
-    generator = np.random.default_rng(seed)
-    which = generator.integers(0, k, n)
-    return generator.normal(size=(n, d)) * (1 + which[:, None]) + 4 * which[:, None] + offset, which
-
-
-def responsibilities(n=200, k=3, seed=1):
-    return np.random.default_rng(seed).dirichlet(np.ones(k), n)
-
-
-def same(one, two, rtol=1e-12):
-    np.testing.assert_allclose(one.weights_, two.weights_, rtol=rtol)
-    np.testing.assert_allclose(one.means_, two.means_, rtol=rtol, atol=rtol)
-    np.testing.assert_allclose(one.covariances_, two.covariances_, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("algorithm", ["gemm", "cholesky"])
