@@ -22,7 +22,7 @@ LIBRARY = "libmixtura_native.so"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-Wall", "-Wextra"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # none of them changes what NaN does
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-SOURCES: dict[str, list[str]] = {"dispatch": [], "isa_portable": []}
+SOURCES: dict[str, list[str]] = {"dispatch": [], "decode": [], "isa_portable": []}
 X86_SOURCES = {
     "dispatch": ["-DMIXTURA_X86"],
     "isa_avx2": ["-mavx2", "-mfma"],

@@ -44,6 +44,14 @@ def library() -> ctypes.CDLL | None:
     lib.mixtura_experts_forward.argtypes = [experts, *[_POINTER] * 5, _I64, _I64, _I32]
     gradients = ctypes.POINTER(GradientsStruct)
     lib.mixtura_experts_backward.argtypes = [experts, *[_POINTER] * 3, gradients, _POINTER, _I64, _I64, _I32]
+    for name in ("mixtura_mixture_workspace", "mixtura_tape_scratch", "mixtura_attention_parts"):
+        getattr(lib, name).restype = _I64
+    lib.mixtura_mixture_workspace.argtypes = [_POINTER, _I64, _I32]
+    lib.mixtura_tape_scratch.argtypes = [_POINTER, _I64]
+    lib.mixtura_attention_parts.argtypes = [_POINTER, _I64, _I64]
+    lib.mixtura_run_tape.argtypes = [_POINTER]
+    lib.mixtura_read_bandwidth.argtypes = [_POINTER, _I64, _I32]
+    lib.mixtura_read_bandwidth.restype = ctypes.c_double
     lib.mixtura_isa.restype = lib.mixtura_isas.restype = ctypes.c_char_p
     return lib
 

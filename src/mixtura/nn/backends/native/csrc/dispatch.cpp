@@ -1,11 +1,16 @@
 // Chooses the instruction set when the library is loaded, and makes calls ready.
+#include <omp.h>
+
 #include <cstring>
 
 #include "plan.h"
+#include "team.h"
 
 #define DECLARE(isa)                                       \
   extern "C" void mixtura_forward_##isa(const mixtura_plan *); \
-  extern "C" void mixtura_backward_##isa(const mixtura_plan *);
+  extern "C" void mixtura_backward_##isa(const mixtura_plan *); \
+  extern "C" void mixtura_tape_##isa(const mixtura_tape *, mixtura_team *); \
+  extern "C" float mixtura_read_##isa(const void *, int64_t, int);
 DECLARE(portable)
 #if defined(MIXTURA_X86)
 DECLARE(avx2)
@@ -18,6 +23,8 @@ namespace {
 struct Isa {
   const char *name;
   mixtura_run forward, backward;
+  mixtura_run_all tape;
+  float (*read)(const void *, int64_t, int);
   bool (*there)();
 };
 
@@ -33,11 +40,11 @@ bool always() { return true; }
 
 const Isa ISAS[] = {
 #if defined(MIXTURA_X86)
-    {"avx512_bf16", mixtura_forward_avx512_bf16, mixtura_backward_avx512_bf16, has_avx512_bf16},
-    {"avx512", mixtura_forward_avx512, mixtura_backward_avx512, has_avx512},
-    {"avx2", mixtura_forward_avx2, mixtura_backward_avx2, has_avx2},
+    {"avx512_bf16", mixtura_forward_avx512_bf16, mixtura_backward_avx512_bf16, mixtura_tape_avx512_bf16, mixtura_read_avx512_bf16, has_avx512_bf16},
+    {"avx512", mixtura_forward_avx512, mixtura_backward_avx512, mixtura_tape_avx512, mixtura_read_avx512, has_avx512},
+    {"avx2", mixtura_forward_avx2, mixtura_backward_avx2, mixtura_tape_avx2, mixtura_read_avx2, has_avx2},
 #endif
-    {"portable", mixtura_forward_portable, mixtura_backward_portable, always},
+    {"portable", mixtura_forward_portable, mixtura_backward_portable, mixtura_tape_portable, mixtura_read_portable, always},
 };
 
 const Isa *best() {
@@ -133,6 +140,19 @@ int mixtura_use_isa(const char *name) {
       return 0;
     }
   return 1;
+}
+
+mixtura_run_all mixtura_tape_of_isa(void) { return current->tape; }
+
+int mixtura_prepare(mixtura_plan *plan, const int64_t *indices, char *workspace) {
+  return prepare(*plan, indices, workspace);
+}
+
+double mixtura_read_bandwidth(const void *bytes, int64_t count, int threads) {
+  static volatile float kept;
+  const double begin = omp_get_wtime();
+  kept = current->read(bytes, count, threads);
+  return count / (omp_get_wtime() - begin);
 }
 
 int64_t mixtura_workspace(const mixtura_experts *experts, int64_t T, int64_t K, int threads, int backward) {

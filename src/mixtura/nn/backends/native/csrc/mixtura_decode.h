@@ -1,0 +1,143 @@
+// The C interface of decoding: one token a sequence through a whole decoder, as a list of operations that one call runs
+// in one parallel region.
+//
+// B rows (sequences), D width, L positions in the cache after this step, R positions that a rotation has, H heads of
+// queries, V heads of keys and values, P width of a head. Weights and caches have the type of the tape; what is summed
+// over the layers is float32.
+#pragma once
+#include "mixtura_native.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { MIXTURA_MAX_ROWS = 64 };
+
+enum mixtura_norm_kind { MIXTURA_NO_NORM = 0, MIXTURA_RMS_NORM = 1, MIXTURA_LAYER_NORM = 2 };
+
+// weight * (x - mean) / deviation + bias; of RMS (weight + offset) * x / root mean square.
+typedef struct {
+  const void *weight, *bias;
+  float eps, offset;
+  int32_t kind, unused;
+} mixtura_norm;
+
+// y = weight x + bias, weight (out, in). float32: weight and bias are, whatever the type of the tape is.
+typedef struct {
+  const void *weight, *bias;
+  int64_t out, in;
+  int32_t float32, unused;
+} mixtura_linear;
+
+enum mixtura_op {
+  MIXTURA_EMBED = 0,
+  MIXTURA_NORM = 1,
+  MIXTURA_LINEARS = 2,
+  MIXTURA_ATTENTION = 3,
+  MIXTURA_LINEAR_ADD = 4,
+  MIXTURA_FEED_FORWARD = 5,
+  MIXTURA_MIXTURE = 6
+};
+
+typedef struct {
+  const void *table;  // (vocabulary, D)
+  int64_t dim;
+  float *x;  // (B, D)
+  float scale;
+  int32_t unused;
+} mixtura_embed;
+
+typedef struct {
+  const float *x;  // (B, D)
+  int64_t dim;
+  mixtura_norm norm;
+  void *out;  // (B, D), of the type of the tape
+} mixtura_normalize;
+
+// Up to 4 products of one input, which is float32 with a norm, and of the type of the tape without.
+typedef struct {
+  const void *x;
+  mixtura_norm norm;
+  int64_t count;
+  mixtura_linear linear[4];
+  float *out[4];  // (B, out)
+} mixtura_linears;
+
+// Rotates (the first 2 R of P units, halves against halves), writes to the cache, attends. Norms are over a head or, if
+// whole, over all heads together.
+typedef struct {
+  float *query, *key;  // (B, H P), (B, V P)
+  const float *value;  // (B, V P)
+  void *out;           // (B, H P), of the type of the tape
+  mixtura_norm query_norm, key_norm;
+  const float *cosine, *sine;  // (positions, R)
+  void *keys, *values;         // (B, V, capacity, P), at L - 1 this step's
+  float *parts;                // workspace, (B, V, chunks, H / V, P + 2)
+  int64_t capacity, heads, groups, width, rotated, window;  // window: positions seen at most, 0 for all
+  float scale, softcap;                                     // softcap: 0 for none
+  int32_t whole, unused;
+} mixtura_attention;
+
+typedef struct {
+  const void *y;  // (B, in)
+  mixtura_linear linear;
+  float *x;  // (B, out), added to
+} mixtura_linear_add;
+
+// x += down(act(gate h) up h), times sigmoid(by_row) if that is given; h is normalized x, or of the type of the tape.
+typedef struct {
+  const void *h;
+  mixtura_norm norm;
+  mixtura_linear gate, up, down;  // gate: null weight for none, then act(up h)
+  const float *by_row;            // (B,), or null
+  void *inner;                    // workspace, (B, F)
+  float *x;                       // (B, D)
+  int32_t activation, unused;
+} mixtura_feed_forward;
+
+// x += sum of the K best experts of h, by logits; what select() of mixtura.core does, without groups.
+typedef struct {
+  const void *h;        // (B, D), of the type of the tape
+  const float *logits;  // (B, E)
+  const float *bias;    // (E,), chooses and never weighs, or null
+  mixtura_experts experts;
+  float *x;         // (B, D)
+  void *out;        // workspace, (B, D)
+  void *workspace;  // of mixtura_mixture_workspace
+  int64_t slots;    // K
+  int32_t sigmoid, choose_by_logits, renormalize, unused;
+  float scale, unused_too;
+} mixtura_mixture;
+
+typedef struct {
+  int64_t op;  // of mixtura_op
+  void *operands;
+} mixtura_instruction;
+
+typedef struct {
+  const mixtura_instruction *instructions;
+  int64_t count;
+  int32_t dtype, threads;
+  int64_t rows, length;      // B; L
+  const int64_t *ids;        // (B,)
+  const int64_t *positions;  // (B,), of the rotation
+  const int64_t *starts;     // (B,), first position that is not padding
+  char *scratch;             // a part for each thread
+  int64_t scratch_bytes;     // of one part, see mixtura_tape_scratch
+} mixtura_tape;
+
+int64_t mixtura_mixture_workspace(const mixtura_mixture *mixture, int64_t rows, int threads);
+
+// Bytes of scratch that one thread needs for that many rows, and floats of workspace of an attention.
+int64_t mixtura_tape_scratch(const mixtura_tape *tape, int64_t rows);
+int64_t mixtura_attention_parts(const mixtura_attention *attention, int64_t rows, int64_t capacity);
+
+// Returns 0; 1 if there are more rows than MIXTURA_MAX_ROWS.
+int mixtura_run_tape(const mixtura_tape *tape);
+
+// Bytes a second that all threads together read; the limit of decoding at this moment.
+double mixtura_read_bandwidth(const void *bytes, int64_t count, int threads);
+
+#ifdef __cplusplus
+}
+#endif
