@@ -7,6 +7,7 @@ from mixtura.density.families import FAMILIES
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.links import CannotLink, MustLink
 from mixtura.density.priors import NIW
+from mixtura.density.search import MixtureSearch
 
 __all__ = [
     "FAMILIES",
@@ -17,6 +18,7 @@ __all__ = [
     "GaussianMixtureBatch",
     "MaxConditionNumber",
     "MinWeight",
+    "MixtureSearch",
     "MustLink",
     "SharedCovariance",
     "SingularComponentError",
