@@ -48,7 +48,7 @@ def start_from(router: nn.Module, block: NativeMixture, layer: str) -> None:
     gate, E = getattr(router, "gate", None), block.num_experts
     if not isinstance(gate, LinearGate) or len(gate.weight) < E:
         raise OptionError(f"start must be 'random': router {router_name(router)} has no linear gate to begin with")
-    weight_ED, bias_E = _linear(block, layer)
+    weight_ED, bias_E = linear_gate(block, layer)
     if bias_E is not None and gate.bias is None:
         raise OptionError(f"start must be 'random', or the gate have a bias (bias=True) as that of layer {layer} has")
     gate.weight[:E].copy_(weight_ED)
@@ -57,8 +57,12 @@ def start_from(router: nn.Module, block: NativeMixture, layer: str) -> None:
     _start_selection(router, block, layer)
 
 
-def _linear(block: NativeMixture, layer: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight (E, D) and bias of a router that is a linear gate."""
+def linear_gate(block: NativeMixture, layer: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight (E, D) and bias of a native router that is a linear gate.
+
+    Raises:
+        OptionError: if it is none.
+    """
     router, E = block.router, block.num_experts
     tensors = {name: p for name, p in router.named_parameters() if not _is_selection_bias(name)}  # type: ignore[union-attr]
     weights = [p for name, p in tensors.items() if name.endswith("weight") and p.ndim == 2 and len(p) >= E]

@@ -6,7 +6,6 @@ T tokens, D width, E experts, K slots a token, F expert width.
 from __future__ import annotations
 
 import ctypes
-import weakref
 from typing import Any
 
 import torch
@@ -14,12 +13,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mixtura.core.errors import NotExpressibleError, ShapeError
+from mixtura.nn.backends.native.activation import experts_activation
 from mixtura.nn.backends.native.library import ExpertsStruct, GradientsStruct, library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_PLAIN = ("linear", "silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2")  # numbered as in the header
-_CLAMPED = 7
-_FOUND: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
 
 
 def native_backend(
@@ -41,8 +38,8 @@ def native_backend(
     inputs = (hidden_TD.contiguous(), indices_TK.long().contiguous(), weights_TK.float().contiguous())
     tensors = (*inputs, *_weights(experts), *_biases(experts))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Differentiable.apply(_struct(experts), *tensors)  # type: ignore[no-any-return, no-untyped-call]
-    return _forward(_struct(experts), *inputs)
+        return _Differentiable.apply(experts_struct(experts), *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward(experts_struct(experts), *inputs)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -131,7 +128,7 @@ def why_not(experts: nn.Module, hidden_TD: torch.Tensor) -> str:
         return f"tokens must be of the experts' width, got shape {tuple(hidden_TD.shape)}"
     if experts.has_post_expert_norm:
         return "experts are normalized after the second projection"
-    return "" if _activation(experts) is not None else "the activation is not one of its own"
+    return "" if experts_activation(experts) is not None else "the activation is not one of its own"
 
 
 def _weights(experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +141,8 @@ def _biases(experts: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias), experts.down_proj_bias
 
 
-def _struct(experts: Any) -> ExpertsStruct:
+def experts_struct(experts: Any) -> ExpertsStruct:
+    """Experts as the library sees them; their tensors must outlive it. They pass ``why_not``."""
     first, down = _weights(experts)
     E, D = down.shape[0], down.shape[2 if experts.is_transposed else 1]
     pointers = [None if t is None else t.data_ptr() for t in (first, _biases(experts)[0], down, _biases(experts)[1])]
@@ -154,40 +152,10 @@ def _struct(experts: Any) -> ExpertsStruct:
         down.numel() // (E * D),
         *pointers,
         _DTYPES[first.dtype],
-        _activation(experts),
+        experts_activation(experts),
         experts.has_gate,
         experts.is_transposed,
         not experts.is_concatenated,
         float(getattr(experts, "alpha", 0.0) or 0.0),
         float(getattr(experts, "limit", 0.0) or 0.0),
     )
-
-
-def _activation(experts: nn.Module) -> int | None:
-    """Number of the activation in the header, found by comparing values; None if it is none of them."""
-    if experts not in _FOUND:
-        _FOUND[experts] = _find_activation(experts)
-    return _FOUND[experts]
-
-
-@torch.no_grad()
-def _find_activation(experts: Any) -> int | None:
-    from mixtura.nn.experts.activations import ACTIVATIONS
-
-    x = torch.linspace(-9, 9, 145)
-    gate, up = torch.cat([x, x]), torch.cat([x.flip(0), 0.5 * x + 1])
-    if not experts.has_gate:
-        seen = experts.act_fn(x.clone())
-        fits = [i for i, name in enumerate(_PLAIN) if torch.allclose(ACTIVATIONS[name](x), seen, atol=1e-6)]
-        return fits[0] if fits else None
-    both = torch.cat([gate, up]) if experts.is_concatenated else torch.stack([gate, up], -1).reshape(-1)
-    seen = experts._apply_gate(both[None])[0]
-    for i, name in enumerate(_PLAIN):
-        if torch.allclose(ACTIVATIONS[name](gate) * up, seen, rtol=1e-5, atol=1e-6):
-            return i
-    alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
-    if isinstance(alpha, float) and isinstance(limit, float):
-        g = gate.clamp(max=limit)
-        if torch.allclose((up.clamp(-limit, limit) + 1) * g * torch.sigmoid(alpha * g), seen, rtol=1e-5, atol=1e-6):
-            return _CLAMPED
-    return None

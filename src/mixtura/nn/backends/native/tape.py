@@ -1,7 +1,7 @@
 """A decode step as a list of operations over fixed buffers: recorded here in Python, run by one call of the library.
 
-B rows (sequences), D width, E experts, K slots a token, F width of a feed-forward, N columns of a product, R angles of a
-rotation. What is summed over the layers, ``x_BD``, is float32; what enters a product has the type of the weights.
+B rows (sequences), D width, E experts, K slots a token, F width of a feed-forward, N columns of a product, R angles of
+a rotation. What is summed over the layers, ``x_BD``, is float32; what enters a product has the type of the weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ LinearStruct = _struct(
 _Embed = _struct("Embed", ("table", _POINTER), ("dim", _I64), ("x", _POINTER), ("scale", _F32), ("unused", _I32))
 _Normalize = _struct("Normalize", ("x", _POINTER), ("dim", _I64), ("norm", NormStruct), ("out", _POINTER))
 _Linears = _struct(
-    "Linears", ("x", _POINTER), ("norm", NormStruct), ("count", _I64), ("linear", LinearStruct * 4), ("out", _POINTER * 4)
+    "Linears",
+    ("x", _POINTER),
+    ("norm", NormStruct),
+    ("count", _I64),
+    ("linear", LinearStruct * 4),
+    ("out", _POINTER * 4),
 )
 _Attention = _struct(
     "Attention",
@@ -148,7 +153,7 @@ class Tape:
         return h_BD
 
     def linears(self, x_BD: torch.Tensor, norm: Norm | None, linears: Sequence[Linear]) -> list[torch.Tensor]:
-        """Up to 4 products of one input in float32; ``x_BD`` is float32 with a norm, else in the type of the weights."""
+        """Up to 4 products of one input, in float32; the input is float32 with a norm, else of the type of the weights."""
         outs = [self._buffer(len(linear.weight_NK), wide=True) for linear in linears]
         structs = (LinearStruct * 4)(*map(self._linear, linears))
         pointers = (_POINTER * 4)(*(out.data_ptr() for out in outs))
@@ -273,7 +278,9 @@ class Tape:
         self._list = (_Instruction * len(pairs))(*pairs)
         self._tape = _Tape(ctypes.addressof(self._list), len(pairs), DTYPES[self.dtype], threads, self.rows)
         self._workspace = []
-        most = max((lib.mixtura_attention_parts(ctypes.byref(a), self.rows, length) for a in self._attentions), default=0)
+        most = max(
+            (lib.mixtura_attention_parts(ctypes.byref(a), self.rows, length) for a in self._attentions), default=0
+        )
         parts = self._room(4 * most)
         for attention in self._attentions:  # one after the other: they share it
             attention.parts = parts
