@@ -153,7 +153,7 @@ class Tape:
         return h_BD
 
     def linears(self, x_BD: torch.Tensor, norm: Norm | None, linears: Sequence[Linear]) -> list[torch.Tensor]:
-        """Up to 4 products of one input, in float32; the input is float32 with a norm, else of the type of the weights."""
+        """Up to 4 products of one input, in float32; with a norm the input is that too, else of the weights' type."""
         outs = [self._buffer(len(linear.weight_NK), wide=True) for linear in linears]
         structs = (LinearStruct * 4)(*map(self._linear, linears))
         pointers = (_POINTER * 4)(*(out.data_ptr() for out in outs))
