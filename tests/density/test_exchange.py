@@ -70,6 +70,15 @@ def test_clones_and_pickles_as_scikit_learn_has_them():
     assert np.array_equal(clone(ours).fit(X).means_, ours.means_)
 
 
+def test_a_stream_goes_on_after_loading_as_if_nothing_had_happened(tmp_path):
+    X, _ = rows()
+    ours = GaussianMixture(3, random_state=0, prior=NIW()).partial_fit(X[:100]).partial_fit(X[100:150])
+    ours.save(tmp_path / "mixture.safetensors")
+    other = GaussianMixture.load(tmp_path / "mixture.safetensors")
+    assert other.n_batches_seen_ == 2
+    same(other.partial_fit(X[150:]), ours.partial_fit(X[150:]), rtol=0)
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "mixture.safetensors"
     ours = GaussianMixture(2, random_state=0).fit(rows()[0])
@@ -83,9 +92,17 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     save_file(tensors, path)
     with pytest.raises(FileFormatError, match="holds no GaussianMixture of format"):
         GaussianMixture.load(path)
-    about = {"format": "mixtura.density/1", "class": "GaussianMixture"}
+    about = {
+        "format": "mixtura.density/1",
+        "class": "GaussianMixture",
+        "notes": "{}",
+        "columns": "[]",
+        "stream": "null",
+    }
     for options in ("[", json.dumps({"covariance": "XXX"}), json.dumps({"covariance": "VVV", "colour": 3})):
-        save_file(tensors, path, metadata={**about, "options": options, "noise": "[0, null]", "columns": "[]"})
+        save_file(
+            tensors, path, metadata={**about, "options": options, "notes": "{}", "columns": "[]", "stream": "null"}
+        )
         with pytest.raises(FileFormatError, match="is damaged"):
             GaussianMixture.load(path)
 

@@ -1,6 +1,7 @@
 """Gaussian mixtures with scikit-learn's interface: 14 covariance families, weights, missing values, labels, streams."""
 
 from mixtura.density.batch import GaussianMixtureBatch
+from mixtura.density.bayesian_mixture import BayesianGaussianMixture
 from mixtura.density.constraints import FixedMeans, MaxConditionNumber, MinWeight, SharedCovariance, TiedWeights
 from mixtura.density.errors import SingularComponentError
 from mixtura.density.families import FAMILIES
@@ -12,6 +13,7 @@ from mixtura.density.search import MixtureSearch
 __all__ = [
     "FAMILIES",
     "NIW",
+    "BayesianGaussianMixture",
     "CannotLink",
     "FixedMeans",
     "GaussianMixture",

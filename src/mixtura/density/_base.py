@@ -15,7 +15,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from mixtura.density._checks import as_numpy, check_table, mixture_frame
 from mixtura.density._em import Index, evaluate
-from mixtura.density._parameters import Parameters, Scores, full_covariances
+from mixtura.density._parameters import Parameters, Scores, full_covariances, scores_of
 from mixtura.density._rows import Rows
 
 Floats = NDArray[np.floating]
@@ -32,7 +32,8 @@ class MixtureBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
     noise_log_density_: float | None
 
     def _scores(self) -> Scores:
-        raise NotImplementedError
+        """By what responsibilities are found."""
+        return scores_of(self.parameters_)
 
     @property
     def parameters_(self) -> Parameters:
@@ -57,8 +58,8 @@ class MixtureBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
             return None
         return float(self.noise_log_density_ + np.log(max(self.noise_weight_, np.finfo(float).tiny)))
 
-    def _evaluate(self, rows: Rows) -> Iterator[tuple[Index, Floats, Floats]]:
-        return evaluate(rows, self._scores(), algorithm=self.algorithm, log_noise=self._log_noise())
+    def _evaluate(self, rows: Rows, scores: Scores) -> Iterator[tuple[Index, Floats, Floats]]:
+        return evaluate(rows, scores, algorithm=self.algorithm, log_noise=self._log_noise())
 
     def score_samples(self, X: Any) -> Floats:
         """Log density of each row, over its observed columns, in nats.
@@ -72,7 +73,7 @@ class MixtureBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         check_is_fitted(self)
         rows = self._rows(X)
         out_N = np.empty(rows.N, rows.data_ND.dtype)
-        for part, _, norm_M in self._evaluate(rows):
+        for part, _, norm_M in self._evaluate(rows, scores_of(self.parameters_)):
             out_N[part] = norm_M
         return out_N
 
@@ -85,7 +86,7 @@ class MixtureBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         check_is_fitted(self)
         rows = self._rows(X)
         out_N = np.empty(rows.N, np.intp)
-        for part, shares_KM, _ in self._evaluate(rows):
+        for part, shares_KM, _ in self._evaluate(rows, self._scores()):
             out_N[part] = shares_KM.argmax(0)
         return np.where(out_N == len(self.weights_), -1, out_N)
 
@@ -99,7 +100,7 @@ class MixtureBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
         rows = self._rows(X)
         K = len(self.weights_) + (self.noise_log_density_ is not None)
         out_NK = np.empty((rows.N, K), rows.data_ND.dtype)
-        for part, shares_KM, _ in self._evaluate(rows):
+        for part, shares_KM, _ in self._evaluate(rows, self._scores()):
             out_NK[part] = shares_KM.T
         return out_NK
 

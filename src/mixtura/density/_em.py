@@ -30,6 +30,7 @@ class Fit(NamedTuple):
     n_iter: int
     converged: bool
     lower_bounds: list[float]
+    statistics: Statistics | None = None
 
 
 def expectation(
@@ -114,14 +115,14 @@ def climb(
         tol: of the bound.
         bound: what rises, of a row, given the statistics and the parameters that they belong to.
     """
-    parameters, lower_bounds = start, [-np.inf]
+    parameters, lower_bounds, statistics = start, [-np.inf], None
     for n_iter in range(1, max_iter + 1):
         statistics = step(parameters)
         lower_bounds.append(bound(statistics, parameters))
         parameters = update(statistics, parameters)
         if abs(lower_bounds[-1] - lower_bounds[-2]) < tol:
-            return Fit(parameters, lower_bounds[-1], n_iter, True, lower_bounds[1:])
-    return Fit(parameters, lower_bounds[-1], max_iter, max_iter == 0, lower_bounds[1:])
+            return Fit(parameters, lower_bounds[-1], n_iter, True, lower_bounds[1:], statistics)
+    return Fit(parameters, lower_bounds[-1], max_iter, max_iter == 0, lower_bounds[1:], statistics)
 
 
 def _strategy(rows: Rows, scores: Scores, algorithm: str) -> Any:

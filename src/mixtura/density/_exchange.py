@@ -1,10 +1,7 @@
-"""In and out: parameters, scikit-learn's own mixtures, files. D columns, K components."""
+"""In and out: parameters, and scikit-learn's own mixtures. D columns, K components."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -12,22 +9,18 @@ from numpy.typing import NDArray
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from sklearn.utils.validation import check_is_fitted
 
-from mixtura.core.errors import FileFormatError, OptionError, ShapeError
-from mixtura.core.files import write_file
+from mixtura.core.errors import OptionError, ShapeError
 from mixtura.density._base import MixtureBase
 from mixtura.density._checks import as_numpy
 from mixtura.density._parameters import precision_roots
 from mixtura.density.families import ALIASES, find_family
-from mixtura.density.priors import NIW
 
 Floats = NDArray[np.floating]
-FORMAT = "mixtura.density/1"
-STATE = ("weights_", "means_", "_covariances")
 SKLEARN_TYPES = {family: alias for alias, family in ALIASES.items()}
 
 
 class Exchange(MixtureBase):
-    """Mixtures from parameters, from and to scikit-learn, from and to files."""
+    """Mixtures from parameters, from and to scikit-learn."""
 
     @classmethod
     def from_parameters(cls, weights: Any, means: Any, covariances: Any, *, covariance: str | None = None) -> Self:
@@ -101,85 +94,3 @@ class Exchange(MixtureBase):
         out.precisions_ = pick(roots_KDD @ roots_KDD.swapaxes(1, 2))
         out.converged_, out.n_iter_, out.lower_bound_ = True, 0, -np.inf
         return out
-
-    def save(self, path: str | Path) -> None:
-        """Write parameters and options to one safetensors file, whole or not at all.
-
-        Raises:
-            OptionError: if there are constraints or a random generator among the options, which are not kept in files.
-        """
-        from safetensors.numpy import save_file
-
-        check_is_fitted(self)
-        tensors = {name.strip("_"): np.ascontiguousarray(getattr(self, name)) for name in STATE}
-        about = {
-            "format": FORMAT,
-            "class": type(self).__name__,
-            "options": json.dumps(_options(self, tensors)),
-            "noise": json.dumps([self.noise_weight_, self.noise_log_density_]),
-            "columns": json.dumps([str(name) for name in getattr(self, "feature_names_in_", [])]),
-        }
-        with write_file(Path(path)) as partial:
-            save_file(tensors, partial, metadata=about)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what ``save`` wrote.
-
-        Raises:
-            FileFormatError: if the file is not one of a mixture of this class.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "np") as file:
-                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise FileFormatError(f"{str(path)!r} is not a safetensors file: {error}") from error
-        if about.get("format") != FORMAT or about.get("class") != cls.__name__:
-            raise FileFormatError(f"{str(path)!r} holds no {cls.__name__} of format {FORMAT}")
-        try:
-            return cls._restore(about, tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{str(path)!r} is damaged: {error}") from error
-
-    @classmethod
-    def _restore(cls, about: dict[str, str], tensors: dict[str, Floats]) -> Self:
-        options = json.loads(about["options"])
-        if options.get("init") == {"tensor": "init"}:
-            options["init"] = tensors["init"]
-        if options.get("prior") is not None:
-            options["prior"] = NIW(**options["prior"])
-        weights, means, covariances = (tensors[name.strip("_")] for name in STATE)
-        noise_weight, noise_log_density = json.loads(about["noise"])
-        kept = cls.from_parameters(weights / weights.sum(), means, covariances, covariance=options["covariance"])
-        self = kept.set_params(**options)
-        self.weights_, self.noise_weight_, self.noise_log_density_ = weights, noise_weight, noise_log_density
-        columns = json.loads(about["columns"])
-        if columns:
-            self.feature_names_in_ = np.asarray(columns, dtype=object)
-        return self
-
-
-def _options(mixture: Any, tensors: dict[str, Floats]) -> dict[str, Any]:
-    """Options that JSON can hold; an array to start from goes among the tensors."""
-    options = mixture.get_params(deep=False)
-    if options["constraints"] is not None:
-        raise OptionError("constraints are not kept in files; set constraints=None before save")
-    if not isinstance(options["init"], str):
-        tensors["init"], options["init"] = np.ascontiguousarray(options["init"]), {"tensor": "init"}
-    if options["prior"] is not None:
-        prior = dataclasses.asdict(options["prior"])
-        options["prior"] = {
-            name: value.tolist() if hasattr(value, "tolist") else value for name, value in prior.items()
-        }
-    try:
-        return json.loads(json.dumps(options, default=_number))
-    except TypeError as error:
-        raise OptionError(f"an option cannot be kept in a file: {error}") from error
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is not a number or a word")

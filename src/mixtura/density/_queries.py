@@ -6,7 +6,7 @@ N rows, D columns, K components; G given columns, R columns that remain.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from mixtura.density.batch import GaussianMixtureBatch
 from mixtura.density.constraints import check_constraints
 from mixtura.density.families import find_family
 from mixtura.density.links import Link
+
+if TYPE_CHECKING:
+    from mixtura.density.gaussian_mixture import GaussianMixture
 
 Floats = NDArray[np.floating]
 
@@ -79,15 +82,16 @@ class Queries(MixtureBase):
         draws_ND = rng.normal(size=(n_samples, self.means_.shape[1]))
         return self.means_[component_N] + np.einsum("nij,nj->ni", factors_KDD[component_N], draws_ND), component_N
 
-    def marginal(self, columns: Sequence[int]) -> Self:
+    def marginal(self, columns: Sequence[int]) -> GaussianMixture:
         """The mixture of some of the columns, in the order given."""
+        from mixtura.density.gaussian_mixture import GaussianMixture
+
         check_is_fitted(self)
         index = check_columns("columns", columns, self.means_.shape[1])
         covariances = self._covariances[:, index]
         covariances = covariances if covariances.ndim == 2 else covariances[:, :, index]
-        return type(self).from_parameters(  # type: ignore[attr-defined]
-            self.weights_, self.means_[:, index], covariances, covariance=marginal_family(self.covariance)
-        )
+        family = marginal_family(self.covariance)
+        return GaussianMixture.from_parameters(self.weights_, self.means_[:, index], covariances, covariance=family)
 
     def conditional(self, X_given: Any, given: Sequence[int]) -> GaussianMixtureBatch:
         """What the mixture says of the other columns, once some are known.

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 
-from mixtura.core.errors import MixturaWarning, OptionError
+from mixtura.core.errors import OptionError
 from mixtura.density import _init
-from mixtura.density._base import MixtureBase
-from mixtura.density._checks import check_number, check_rows, check_whole_number
-from mixtura.density._em import Fit, climb, expectation, fill_means, moments_of
+from mixtura.density._checks import check_number
+from mixtura.density._em import Fit, expectation, fill_means, moments_of
 from mixtura.density._exchange import Exchange
+from mixtura.density._files import Saved
+from mixtura.density._fitting import Fitting, data_moments
 from mixtura.density._maximize import Model, maximize
 from mixtura.density._noise import FIRST_WEIGHT, log_uniform_density
-from mixtura.density._parameters import Parameters, Scores, safe_log, scores_of
+from mixtura.density._parameters import Parameters, safe_log, scores_of
 from mixtura.density._queries import Queries
 from mixtura.density._rows import Rows
 from mixtura.density._statistics import Statistics
-from mixtura.density._streaming import Streaming
 from mixtura.density.constraints import check_constraints
-from mixtura.density.errors import SingularComponentError
 from mixtura.density.families import find_family
 from mixtura.density.links import Link, find_links
 from mixtura.density.priors import NIW
 
 Floats = NDArray[np.floating]
-ALGORITHMS = ("auto", "gemm", "cholesky")
 
 
-class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
+class GaussianMixture(Queries, Exchange, Saved, Fitting):
     """A mixture of Gaussians: 14 covariance families, row weights, missing values, partial labels, priors, constraints.
 
     Args:
@@ -105,81 +100,29 @@ class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
         self.random_state = random_state
         self.warm_start = warm_start
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, noise_cov: Any = None) -> Self:
-        """Fit by EM.
-
-        Args:
-            X: (N, D); NaN where a value is missing at random.
-            y: component of each row, -1 where unknown, (N,); or probabilities of components, (N, K). What cannot be
-                labels of these components is ignored with a warning.
-            sample_weight: (N,) not negative; a weight of 2 is the row twice.
-            noise_cov: variances (N, D) or covariances (N, D, D) of known noise of each row (extreme deconvolution).
-
-        Raises:
-            SingularComponentError: if a component collapses.
-            OptionError, ShapeError: naming the argument.
-        """
-        K = self._check_options()
-        rows = check_rows(self, X, y, sample_weight, noise_cov, K=K)
-        model = self._model(rows)
-        self.noise_log_density_ = log_uniform_density(rows) if self.noise_component else None
-        rng = check_random_state(self.random_state)
-        if self.warm_start and hasattr(self, "weights_"):
-            starts = [self._warm(rows)]
-        else:
-            starts = (self._start(rows, model, rng) for _ in range(self.n_init))
-        best = max((self._climb(rows, model, start) for start in starts), key=lambda fit: fit.lower_bound)
-        self._keep(best)
-        return self
-
     def _check_options(self) -> int:
-        check_whole_number("n_init", self.n_init, 1)
-        check_whole_number("max_iter", self.max_iter, 0)
-        check_number("tol", self.tol, 0)
-        check_number("reg_covar", self.reg_covar, 0)
-        if self.algorithm not in ALGORITHMS:
-            raise OptionError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
-        if self.batch_size is not None:
-            check_whole_number("batch_size", self.batch_size, 1)
         if self.weight_concentration is not None:
             check_number("weight_concentration", self.weight_concentration, 1)
-        return check_whole_number("n_components", self.n_components, 1)
+        return super()._check_options()
 
-    def _model(self, rows: Rows) -> Model:
+    def _resolve_prior(self, rows: Rows) -> NIW | None:
+        return None if self.prior is None else self.prior.resolve(*data_moments(rows), self.n_components)
+
+    def _describe_rows(self, rows: Rows) -> None:
+        self.noise_log_density_ = log_uniform_density(rows) if self.noise_component else None
+
+    def _model(self, rows: Rows, prior: NIW | None) -> Model:
         constraints = check_constraints(self.constraints, self.n_components, rows.D)
         self._links = find_links(constraints, rows.N)
         hidden = self.noise_component or rows.incomplete or rows.noise is not None or rows.kept_N is not None
         if self._links is not None and hidden:
             raise OptionError("links of rows go with no noise_component, missing values, noise_cov, or weights of 0")
-        self._check_columns(rows)
-        prior = self.prior
-        if prior is not None:
-            one = moments_of(fill_means(rows), np.zeros(rows.N, np.intp), 1, diagonal=False)
-            degrees = max(one.weight - 1, 1.0)  # as mclust's default has it
-            prior = prior.resolve(one.reference_KD[0], one.second[0] / degrees, self.n_components)
         on_parameters = [constraint for constraint in constraints if not isinstance(constraint, Link)]
         family = find_family(self.covariance)
         return Model(family, self.reg_covar, prior, self.weight_concentration, on_parameters)
 
-    def _check_columns(self, rows: Rows) -> None:
-        unseen, constant = rows.known_columns()
-        if constant and self.reg_covar == 0 and self.prior is None:
-            raise SingularComponentError(
-                f"column {constant[0]} of X has the same value in every row, so its variance is 0: leave it out, or "
-                "give a reg_covar or a prior"
-            )
-        if unseen:
-            warnings.warn(
-                f"columns {unseen} of X hold no value: nothing is learned of them; leave them out",
-                MixturaWarning,
-                stacklevel=4,
-            )
-
     def _warm(self, rows: Rows) -> Parameters:
-        if self.means_.shape != (self.n_components, rows.D):
-            raise OptionError(
-                f"warm_start goes on from means of shape {self.means_.shape}, not ({self.n_components}, {rows.D})"
-            )
+        self._check_same_shape(rows)
         diagonal = find_family(self.covariance).diagonal
         covariances = np.diagonal(self.covariances_, 0, 1, 2) if diagonal else self.covariances_
         noise_weight = self.noise_weight_ or (FIRST_WEIGHT if self.noise_component else 0.0)
@@ -198,7 +141,7 @@ class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
         parameters = maximize(statistics, model)
         return parameters.with_(weights_K=parameters.weights_K * (1 - noise_weight), noise_weight=noise_weight)
 
-    def _expectation(self, rows: Rows, parameters: Parameters) -> Statistics:
+    def _expectation(self, rows: Rows, model: Model, parameters: Parameters) -> Statistics:
         log_noise = None
         if self.noise_log_density_ is not None:
             log_noise = float(self.noise_log_density_ + safe_log(np.float64(parameters.noise_weight)))
@@ -206,36 +149,26 @@ class GaussianMixture(Queries, Streaming, Exchange, MixtureBase):
         scores = scores_of(parameters)
         return expectation(rows, scores, algorithm=self.algorithm, log_noise=log_noise, links=links)
 
+    def _maximize(self, statistics: Statistics, model: Model, previous: Parameters) -> Parameters:
+        return maximize(statistics, model, previous)
+
+    def _bound(self, model: Model, statistics: Statistics, parameters: Parameters) -> float:
+        extra = 0.0 if model.prior is None else model.prior.log_density(parameters)
+        if model.weight_concentration is not None:
+            extra += (model.weight_concentration - 1) * float(safe_log(parameters.weights_K).sum())
+        return statistics.mean_log_likelihood + extra / statistics.weight
+
     def _climb(self, rows: Rows, model: Model, start: Parameters) -> Fit:
-        def bound(statistics: Statistics, parameters: Parameters) -> float:
-            extra = 0.0 if model.prior is None else model.prior.log_density(parameters)
-            if model.weight_concentration is not None:
-                extra += (model.weight_concentration - 1) * float(safe_log(parameters.weights_K).sum())
-            return statistics.mean_log_likelihood + extra / statistics.weight
-
-        def update(statistics: Statistics, parameters: Parameters) -> Parameters:
-            return maximize(statistics, model, parameters)
-
-        step = partial(self._expectation, rows)
-        fit = climb(step, update, start, max_iter=self.max_iter, tol=self.tol, bound=bound)
+        fit = super()._climb(rows, model, start)
         scores_of(fit.parameters)  # a component that collapsed in the last step is named here
         return fit
 
-    def _keep(self, fit: Fit) -> None:
-        if not fit.converged:
-            warnings.warn(
-                f"EM stopped after max_iter={self.max_iter} iterations before the log likelihood moved by less than "
-                f"tol={self.tol}",
-                ConvergenceWarning,
-                stacklevel=3,
-            )
-        self._set_parameters(fit.parameters)
-        self.n_iter_, self.converged_ = fit.n_iter, fit.converged
-        self.lower_bound_, self.lower_bounds_ = fit.lower_bound, fit.lower_bounds
+    _state_type = Parameters
 
-    def _set_parameters(self, parameters: Parameters) -> None:
+    @property
+    def _state(self) -> Parameters:
+        return self.parameters_
+
+    def _set_state(self, parameters: Parameters) -> None:
         self.weights_, self.means_ = parameters.weights_K, parameters.means_KD
         self._covariances, self.noise_weight_ = parameters.covariances, parameters.noise_weight
-
-    def _scores(self) -> Scores:
-        return scores_of(self.parameters_)
