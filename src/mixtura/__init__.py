@@ -4,3 +4,11 @@
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "accelerate":
+        from mixtura.hf.accelerate import accelerate
+
+        return accelerate
+    raise AttributeError(f"module 'mixtura' has no attribute {name!r}")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mixtura.core.errors import OptionError
-from mixtura.hf.native import attach_natives
+from mixtura.hf.native import attach_natives, is_native_hook
 from mixtura.hf.sites import decoder
 from mixtura.nn.state import RouterState, checkpoint_context, current_state, set_state
 
@@ -89,6 +89,16 @@ def listen(model: nn.Module, listener: Listener) -> Iterator[None]:
         yield
     finally:
         listeners.remove(listener)
+
+
+def is_listened_to(model: nn.Module) -> bool:
+    """Whether anyone listens to the forward calls of a model now."""
+    return bool(_LISTENERS.get(decoder(model)))
+
+
+def is_own_hook(hook: Any) -> bool:
+    """Whether a hook of a module is one that ``attach_state`` has put there; without a listener they change nothing."""
+    return hook in (_open_state, _close_state) or is_native_hook(hook)
 
 
 class _States(Listener, list[RouterState]):

@@ -126,6 +126,11 @@ def attach_natives(model: nn.Module) -> None:
             mixture.router.register_forward_hook(_note_logits)
 
 
+def is_native_hook(hook: Any) -> bool:
+    """Whether a hook is one of those that ``attach_natives`` puts on a native mixture."""
+    return _is_ours(hook) or hook is _note_logits
+
+
 def _is_ours(hook: Any) -> bool:
     return isinstance(hook, functools.partial) and hook.func is _decide
 

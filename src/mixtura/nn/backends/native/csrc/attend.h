@@ -20,24 +20,35 @@ inline void rotate(float *x, const float *cosine, const float *sine, i64 R) {
   }
 }
 
-// sum[m][0 .. P) += sum over s < S of weight[m][s] value[s][0 .. P)
-template <class T, int M> void weigh_values(const T *value, i64 P, const float *const *weight, i64 S, float *const *sum) {
-  for (i64 p = 0; p < P; p += 2 * W) {
-    const int NV = P - p >= 2 * W ? 2 : 1;
-    V part[2 * M];
+// sum[m][p .. p + NV W) += sum over s < S of weight[m][s] value[s][p .. p + NV W)
+template <class T, int M, int NV>
+void weigh_columns(const T *value, i64 P, i64 p, const float *const *weight, i64 S, float *const *sum) {
+  V part[M * NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < M * NV; i++) part[i] = load(sum[i / NV] + p + i % NV * W);
+  for (i64 s = 0; s < S; s++) {
+    V row[NV];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-      for (int v = 0; v < NV; v++) part[2 * m + v] = load(sum[m] + p + v * W);
-    for (i64 s = 0; s < S; s++) {
-      V row[2];
-      for (int v = 0; v < NV; v++) row[v] = load(value + s * P + p + v * W);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++)
-        for (int v = 0; v < NV; v++) part[2 * m + v] += weight[m][s] * row[v];
-    }
-    for (int m = 0; m < M; m++)
-      for (int v = 0; v < NV; v++) store(sum[m] + p + v * W, part[2 * m + v]);
+    for (int v = 0; v < NV; v++) row[v] = load(value + s * P + p + v * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < M * NV; i++) part[i] += weight[i / NV][s] * row[i % NV];
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < M * NV; i++) store(sum[i / NV] + p + i % NV * W, part[i]);
+}
+
+template <class T, int M> void weigh_values(const T *value, i64 P, const float *const *weight, i64 S, float *const *sum) {
+  constexpr int NV = W >= 16 ? (M <= 2 ? 8 : 4) : M <= 2 ? 4 : 2;  // vectors that fit into registers
+  i64 p = 0;
+  for (; p + NV * W <= P; p += NV * W) weigh_columns<T, M, NV>(value, P, p, weight, S, sum);
+  for (; p < P; p += W) weigh_columns<T, M, 1>(value, P, p, weight, S, sum);
+}
+
+// f of the constant that n is, 1 .. N.
+template <int N, class F> inline void up_to(i64 n, F f) {
+  if constexpr (N > 1)
+    if (n < N) return up_to<N - 1>(n, f);
+  f(std::integral_constant<int, N>{});
 }
 
 template <class T> struct Attention {
@@ -104,25 +115,25 @@ template <class T> struct Attention {
       const i64 M = least(TILE, G - g);
       const T *a[TILE];
       for (i64 m = 0; m < M; m++) a[m] = query + (g + m) * P;
-      for (i64 s = 0; s < S; s += 4) {
-        const T *k[4];
-        float c[TILE][4];
-        for (i64 j = 0; j < 4; j++) k[j] = keys + least(s + j, S - 1) * P;
-        dots<T>(k, a, M, P, c);
-        for (i64 m = 0; m < M; m++)
-          for (i64 j = 0; j < 4 && s + j < S; j++) score[(g + m) * SCORED + s + j] = c[m][j];
-      }
+      up_to<TILE>(M, [&](auto count) { scores<count()>(keys, a, S, score + g * SCORED); });
     }
     for (i64 g = 0; g < G; g++) weights(score + g * SCORED, S, result + g * (P + 2));
-    for (i64 g = 0; g < G; g++) {
-      const i64 M = G - g >= 4 ? 4 : 1;
+    for (i64 g = 0; g < G; g += 4) {
+      const i64 M = least(4, G - g);
       const float *w[4];
       float *sum[4];
       for (i64 m = 0; m < M; m++) w[m] = score + (g + m) * SCORED, sum[m] = result + (g + m) * (P + 2);
-      if (M == 4)
-        weigh_values<T, 4>(values, P, w, S, sum), g += 3;
-      else
-        weigh_values<T, 1>(values, P, w, S, sum);
+      up_to<4>(M, [&](auto count) { weigh_values<T, count()>(values, P, w, S, sum); });
+    }
+  }
+
+  template <int M> void scores(const T *keys, const T *const *a, i64 S, float *score) const {
+    for (i64 s = 0; s < S; s += 4) {
+      const T *k[4];
+      float c[M][4];
+      for (i64 j = 0; j < 4; j++) k[j] = keys + least(s + j, S - 1) * P;
+      dot_tile<T, M>(k, a, P, c);
+      for (int m = 0; m < M; m++) std::memcpy(score + m * SCORED + s, c[m], sizeof(c[m]));
     }
   }
 
@@ -134,7 +145,10 @@ template <class T> struct Attention {
       if (op.softcap) x = op.softcap * tanh(x / op.softcap);
       store(score + s, x);
     }
-    for (i64 s = 0; s < S; s++) largest = score[s] > largest ? score[s] : largest;
+    V best = set(largest);
+    for (i64 s = 0; s + W <= S; s += W) best = max(best, load(score + s));
+    for (i64 s = S / W * W; s < S; s++) best[0] = score[s] > best[0] ? score[s] : best[0];
+    for (int i = 0; i < W; i++) largest = best[i] > largest ? best[i] : largest;
     const V before = exp(set(of[P] - largest));
     V sum = {};
     for (i64 s = 0; s < S; s += W) {

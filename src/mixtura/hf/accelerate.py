@@ -1,0 +1,248 @@
+"""``accelerate``: experts on the library's kernels, a cache that grows in place, and decode steps run as a plan.
+
+A decode step, one token a sequence, goes past the modules if a ``DecodePlan`` can be recorded from them and was
+measured to compute what they do. Prompts, drafts of several tokens, training, and whatever the plan does not know go
+through the modules as ever; ``acceleration`` counts how often, and why.
+
+B rows (sequences), L positions in the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn.modules import module as torch_modules
+from transformers import DynamicCache
+
+from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError
+from mixtura.hf.decode_plan import DecodePlan
+from mixtura.hf.forward import is_listened_to
+from mixtura.hf.growing_cache import GrowingLayer, grow
+from mixtura.hf.unchanged import Unchanged
+from mixtura.nn.backends.native.library import library
+from mixtura.nn.backends.native.tape import MAX_ROWS
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of logits, relative to their size
+_KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+}
+_MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+_PROBED = 8  # tokens
+
+
+def accelerate(model: Any) -> Any:
+    """Make generation fast on the CPU, in place; what is computed stays the same up to rounding.
+
+    Nothing is packed or copied: weights can be saved, trained, merged and changed as before. ``undo`` takes it back.
+
+    Args:
+        model: causal language model of transformers or of the family, dense or with mixtures, on the CPU in float32 or
+            bfloat16.
+
+    Returns:
+        The model itself.
+
+    Warns:
+        MixturaWarning: if decode steps cannot be run as a plan, with the reason; experts are fast all the same.
+
+    Raises:
+        NotExpressibleError: if the library was not built, or the model is not on the CPU.
+
+    Example:
+        >>> mixtura.accelerate(model).generate(**batch)
+    """
+    if library() is None:
+        raise NotExpressibleError("the native library was not built: install a C++ compiler, then mixtura again")
+    devices = sorted({parameter.device.type for parameter in model.parameters()})
+    if devices != ["cpu"]:
+        raise NotExpressibleError(f"accelerate is for models on the CPU, got one on {', '.join(devices)}")
+    if isinstance(model, _Accelerated):
+        return model
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("mixtura")
+    model._mixtura_decoding = _Decoding()
+    model.__class__ = _accelerated(type(model))
+    if reason := model._mixtura_decoding.prove(model):
+        warnings.warn(f"decode steps go through the modules: {reason}", MixturaWarning, stacklevel=2)
+    return model
+
+
+def undo(model: Any) -> Any:
+    """Take ``accelerate`` back; experts stay on the library."""
+    if isinstance(model, _Accelerated):
+        model.__class__ = type(model).__mro__[2]
+        del model._mixtura_decoding
+    return model
+
+
+def acceleration(model: Any) -> dict[str, Any]:
+    """What became of decode steps since ``accelerate``.
+
+    Returns:
+        ``planned``: steps that ran as a plan; ``refusal``: why none can, or ""; ``through_modules``: the other steps by
+        the reason why they did not.
+
+    Raises:
+        OptionError: if the model was not accelerated.
+    """
+    if not isinstance(model, _Accelerated):
+        raise OptionError(f"{type(model).__name__} was not accelerated")
+    decoding = model._mixtura_decoding
+    return {
+        "planned": decoding.planned,
+        "refusal": decoding.refusal,
+        "through_modules": dict(decoding.through_modules),
+    }
+
+
+class _Accelerated:
+    """Marks a class whose ``forward`` is ``_forward``; the class before it is the model's own."""
+
+
+@functools.cache
+def _accelerated(cls: type) -> type:
+    names = list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return self._mixtura_decoding.forward(self, functools.partial(cls.forward, self), given)  # type: ignore[attr-defined]
+
+    return type(cls.__name__, (_Accelerated, cls), {"forward": forward, "__module__": cls.__module__})
+
+
+class _Decoding:
+    """Plans of one model, and what was done with them."""
+
+    def __init__(self) -> None:
+        self.refusal = ""
+        self.planned = 0
+        self.through_modules: collections.Counter[str] = collections.Counter()
+        self._plan: DecodePlan | None = None
+        self._unchanged: Unchanged | None = None
+        self._output: type = dict
+
+    def __deepcopy__(self, memo: Any) -> _Decoding:
+        return _Decoding()  # a plan reads the weights of its own model
+
+    def __reduce__(self) -> Any:
+        return _Decoding, ()
+
+    def forward(self, model: Any, modules: Any, given: dict[str, Any]) -> Any:
+        """A forward call of the model with these arguments, as a plan or through the modules."""
+        if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling():
+            return modules(**given)
+        given = self._with_growing_cache(model, given)
+        tokens = given.get("input_ids")
+        if tokens is None or tokens.shape[1] != 1 or given.get("past_key_values") is None:
+            return modules(**given)
+        step = self.refusal or self._step(model, given)
+        if isinstance(step, str):
+            self.through_modules[step] += 1
+            return modules(**given)
+        self.planned += 1
+        return self._output(logits=step[:, None], past_key_values=given["past_key_values"])
+
+    @torch.no_grad()
+    def prove(self, model: Any) -> str:
+        """Why no plan computes what the modules do; "" if one does."""
+        training = model.training
+        model.eval()
+        try:
+            self.refusal = self._compare(model)
+        except (NotExpressibleError, OptionError) as error:
+            self.refusal = str(error)
+        finally:
+            model.train(training)
+        return self.refusal
+
+    def _compare(self, model: Any) -> str:
+        self._record(model, 1, 1)
+        modules = functools.partial(type(model).__mro__[2].forward, model)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(0, vocabulary, (1, _PROBED), generator=torch.Generator().manual_seed(0))
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        if not all(grow(cache) for cache in caches):
+            return "its cache has layers of another kind (sliding windows or states)"
+        for cache in caches:
+            modules(input_ids=ids[:, :-2], past_key_values=cache)
+        for t in (-2, -1):
+            given = {"input_ids": ids[:, t : t + 1 or None], "use_cache": True}
+            self._output = type(expected := modules(**given, past_key_values=caches[0]))
+            seen = self._step(model, {**given, "past_key_values": caches[1]})
+            if isinstance(seen, str):
+                return seen
+            off = (seen.float() - expected.logits[:, 0].float()).norm() / expected.logits.float().norm()
+            if not off <= _TOLERANCE[seen.dtype]:
+                return f"a plan recorded from its modules computes something else: logits are off by {float(off):.1%}"
+        return ""
+
+    def _with_growing_cache(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+        cache = given.get("past_key_values")
+        use = given.get("use_cache")
+        if cache is None and (model.config.use_cache if use is None else use):
+            cache = DynamicCache(config=model.config)
+        if isinstance(cache, DynamicCache) and not getattr(cache, "offloading", False):
+            grow(cache)
+        return given if cache is None else {**given, "past_key_values": cache}
+
+    def _step(self, model: Any, given: Mapping[str, Any]) -> torch.Tensor | str:
+        """Logits (B, V) of a decode step, or why the plan cannot take it."""
+        cache, tokens = given["past_key_values"], given["input_ids"]
+        (B, _), past = tokens.shape, cache.get_seq_length()
+        if reason := self._why_not(model, given, B, past):
+            return reason
+        starts_B = _starts(given.get("attention_mask"), B, past + 1)
+        if starts_B is None:
+            return "the attention mask is not that of padding on the left"
+        place = given.get("position_ids")
+        positions_B = torch.full((B,), past) if place is None else place[:, 0].expand(B)
+        if self._plan is None or self._plan.rows != B or not self._plan.reaches(past):
+            self._record(model, B, past + 1)
+        return self._plan.step(tokens[:, 0], positions_B, starts_B, cache.layers)  # type: ignore[union-attr]
+
+    def _why_not(self, model: Any, given: Mapping[str, Any], B: int, past: int) -> str:
+        asked = [
+            name for name, value in given.items() if name not in _KNOWN and value is not None and value is not False
+        ]
+        asked += [name for name in _MORE_OUTPUTS if getattr(model.config, name, False)]
+        if asked:
+            return f"{', '.join(asked)} is asked for"
+        if given.get("return_dict") is False or given.get("use_cache") is False:
+            return "the output or the cache is not the usual one"
+        if not all(type(layer) is GrowingLayer for layer in given["past_key_values"].layers):
+            return "the cache is not one that grows in place"
+        if B > MAX_ROWS:
+            return f"more than {MAX_ROWS} sequences"
+        if is_listened_to(model) or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+            return "capture, replay, steering or a hook listens"
+        return "" if self._unchanged is None else self._unchanged.difference()
+
+    def _record(self, model: Any, rows: int, length: int) -> None:
+        self._plan = DecodePlan(model, rows, 2 * length)
+        self._unchanged = Unchanged(model)
+
+
+def _starts(mask: Any, B: int, L: int) -> torch.Tensor | None:
+    """First position of each row that is no padding; None if the mask says anything else."""
+    if mask is None:
+        return torch.zeros(B, dtype=torch.int64)
+    if not isinstance(mask, torch.Tensor) or mask.shape != (B, L):
+        return None
+    real_BL = mask.bool()
+    starts_B = L - real_BL.sum(1)
+    if not starts_B.any():
+        return starts_B
+    return starts_B if bool((real_BL.int().argmax(1) == starts_B).all()) and bool(real_BL[:, -1].all()) else None
