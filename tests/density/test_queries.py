@@ -115,6 +115,11 @@ def test_wrong_questions_are_refused(fitted):
     with pytest.raises(SingularComponentError, match="component 0"):
         GaussianMixture.from_parameters([1], [[0, 0]], [np.ones((2, 2))])
     noisy = GaussianMixture(2, noise_component=True, random_state=0).fit(X)
-    for question in (noisy.sample, lambda: noisy.conditional(X[:, [0]], [0]), noisy.to_sklearn):
+    for question in (
+        noisy.sample,
+        lambda: noisy.conditional(X[:, [0]], [0]),
+        lambda: noisy.marginal([0]),
+        noisy.to_sklearn,
+    ):
         with pytest.raises(OptionError, match="noise component"):
             question()

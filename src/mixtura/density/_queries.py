@@ -83,10 +83,16 @@ class Queries(MixtureBase):
         return self.means_[component_N] + np.einsum("nij,nj->ni", factors_KDD[component_N], draws_ND), component_N
 
     def marginal(self, columns: Sequence[int]) -> GaussianMixture:
-        """The mixture of some of the columns, in the order given."""
+        """The mixture of some of the columns, in the order given.
+
+        Raises:
+            OptionError: if there is a noise component, or a column does not exist or comes twice.
+        """
         from mixtura.density.gaussian_mixture import GaussianMixture
 
         check_is_fitted(self)
+        if self.noise_log_density_ is not None:
+            raise OptionError("a mixture with a noise component has no marginal")
         index = check_columns("columns", columns, self.means_.shape[1])
         covariances = self._covariances[:, index]
         covariances = covariances if covariances.ndim == 2 else covariances[:, :, index]
