@@ -126,19 +126,18 @@ def _accelerated(cls: type) -> type:
 class _Decoding:
     """Plans of one model, and what was done with them."""
 
-    def __init__(self) -> None:
-        self.refusal = ""
+    def __init__(self, refusal: str = "", output: type = dict) -> None:
+        self.refusal, self._output = refusal, output
         self.planned = 0
         self.through_modules: collections.Counter[str] = collections.Counter()
         self._plan: DecodePlan | None = None
         self._unchanged: Unchanged | None = None
-        self._output: type = dict
 
     def __deepcopy__(self, memo: Any) -> _Decoding:
-        return _Decoding()  # a plan reads the weights of its own model
+        return _Decoding(self.refusal, self._output)  # a plan reads the weights of its own model
 
     def __reduce__(self) -> Any:
-        return _Decoding, ()
+        return _Decoding, (self.refusal, self._output)
 
     def forward(self, model: Any, modules: Any, given: dict[str, Any]) -> Any:
         """A forward call of the model with these arguments, as a plan or through the modules."""

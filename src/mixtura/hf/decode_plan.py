@@ -202,6 +202,9 @@ def _angles(model: Any, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
             f"positions of type {kind!r} are not those that a plan knows ({', '.join(_ROTATIONS)})"
         )
     place = torch.arange(positions, device=model.device)[None]
-    cosine, sine = rotary(torch.zeros(1, 1, 1, device=model.device), place)
+    made = rotary(torch.zeros(1, 1, 1, device=model.device), place)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise NotExpressibleError(f"{type(rotary).__name__} gives no cosines and sines")
+    cosine, sine = made
     half = cosine.shape[-1] // 2
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()

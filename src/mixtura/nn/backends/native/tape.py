@@ -334,10 +334,10 @@ class Tape:
 
 def check_selection(spec: SelectionSpec) -> None:
     """Raise ``NotExpressibleError`` if the spec asks for more than the operation of a mixture does."""
-    same = ("p", "norm_min", "groups", "null_experts", "weight_on")
+    same = ("p", "groups", "null_experts", "weight_on")
     other = [name for name in same if getattr(spec, name) != getattr(_SELECTION, name)]
     other += ["renormalize"] if spec.renormalize not in (None, 1) else []
-    other += ["eps"] if spec.eps > 1e-12 else []
+    other += [name for name in ("eps", "norm_min") if getattr(spec, name) > 1e-9]  # less changes nothing in float32
     other += ["score"] if spec.score not in ("softmax", "sigmoid") else []
     if other:
         raise NotExpressibleError(f"a tape selects without {', '.join(other)}, got {spec}")
