@@ -5,6 +5,7 @@ from mixtura.density.bayesian_mixture import BayesianGaussianMixture
 from mixtura.density.constraints import FixedMeans, MaxConditionNumber, MinWeight, SharedCovariance, TiedWeights
 from mixtura.density.errors import SingularComponentError
 from mixtura.density.families import FAMILIES
+from mixtura.density.gate import as_gate, soft_labels
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.links import CannotLink, MustLink
 from mixtura.density.priors import NIW
@@ -25,4 +26,6 @@ __all__ = [
     "SharedCovariance",
     "SingularComponentError",
     "TiedWeights",
+    "as_gate",
+    "soft_labels",
 ]
