@@ -60,7 +60,7 @@ def small_world(monkeypatch, tmp_path):
     def load_model(name, **_):
         tokenizer = byte_tokenizer()
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
-        return pico("llama", vocab_size=VOCABULARY_SIZE, num_hidden_layers=6), tokenizer
+        return pico("llama", vocab_size=VOCABULARY_SIZE, num_hidden_layers=6, head_dim=16), tokenizer
 
     monkeypatch.setattr("mixtura.hf.load.load_model", load_model)
     monkeypatch.setattr(registry, "_TABLE", {row.key: row for row in registry.methods()})
