@@ -19,6 +19,7 @@ from sklearn.utils import check_random_state
 from mixtura.core.errors import MixturaError, MixturaWarning
 from mixtura.density import _init
 from mixtura.density._checks import check_rows
+from mixtura.density.errors import SingularComponentError
 from mixtura.density.families import Family
 from mixtura.density.gaussian_mixture import GaussianMixture
 
@@ -116,6 +117,7 @@ def _try_one(
     mixture = clone(mixture).set_params(covariance=family.name, init=start)
     try:
         fitted = _quietly(mixture, table)
+        _refuse_collapsed(fitted, table)
         score = _cross_validate(mixture, table, init) if table.criterion == "cv" else _criterion(fitted, table)
     except MixturaError as error:
         return _failed(mixture.n_components, family, init, table, error), None
@@ -125,6 +127,15 @@ def _try_one(
         fitted.n_components, family.name, init, score, total, fitted.n_parameters_, bool(fitted.converged_), ""
     )
     return candidate, fitted
+
+
+def _refuse_collapsed(fitted: GaussianMixture, table: Table) -> None:
+    """Raise ``SingularComponentError`` if a component is as narrow as the rounding of the data; BIC would love it."""
+    scale_D = np.nanstd(table.data_ND, axis=0, dtype=float)
+    scale_D[scale_D == 0] = 1.0
+    least_K = np.linalg.eigvalsh(fitted.covariances_ / np.outer(scale_D, scale_D))[:, 0]
+    if least_K.min() < np.finfo(table.data_ND.dtype).eps:
+        raise SingularComponentError(f"component {int(least_K.argmin())} has collapsed to the rounding of the data")
 
 
 def _criterion(fitted: GaussianMixture, table: Table) -> float:

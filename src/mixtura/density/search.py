@@ -39,7 +39,8 @@ class MixtureSearch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMi
             likelihood of rows held out. Lower is better in each.
         init: names of starts, of which the best result counts; the families share them.
         mixture: a ``GaussianMixture`` whose other options every candidate has; by default one that ends at a
-            tolerance of 1e-5 or after 1000 iterations, so that criteria can be compared.
+            tolerance of 1e-5 or after 1000 iterations, so that criteria can be compared, and has a reg_covar of 0: a
+            candidate of which a component collapses is out, as in mclust, instead of winning by it.
         cv: number of parts for "cv", or what scikit-learn takes in its place.
         n_jobs: processes, as in joblib; results do not depend on it.
         random_state: seed of the starts and of the parts; a candidate is the same whichever others are tried.
@@ -89,7 +90,7 @@ class MixtureSearch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMi
         data_ND = check_table(self, X, reset=True)
         labels, sizes = _labels(y, len(data_ND), sizes)
         table = Table(data_ND, labels, as_numpy(sample_weight), self.criterion, self.cv, self._seed())
-        base = GaussianMixture(tol=1e-5, max_iter=1000) if self.mixture is None else self.mixture
+        base = GaussianMixture(tol=1e-5, max_iter=1000, reg_covar=0) if self.mixture is None else self.mixture
         tasks = [(K, distinct_families(families, K, data_ND.shape[1]), init) for init in inits for K in sizes]
         found = Parallel(n_jobs=self.n_jobs)(delayed(try_size)(table, base, *task) for task in tasks)
         self._choose([one for part in found for one in part], sizes)

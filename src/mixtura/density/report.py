@@ -1,0 +1,230 @@
+"""``write_report``: one HTML file about a fitted mixture; no script, no network, light and dark. N rows, D columns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.utils.validation import check_is_fitted
+
+from mixtura.core.files import write_file
+from mixtura.density._checks import check_table
+from mixtura.density._pictures import column_names, curves, outlines
+from mixtura.density._svg import Plot, color
+from mixtura.density._words import Component, cautions, choice_words, components_of, family_words
+
+Floats = NDArray[np.floating]
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_PLANES = 1500, 8, 3
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_STYLE = """
+:root{color-scheme:light dark;--line:#8884}body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;
+padding:0 1rem}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}.grid{stroke:var(--line)}.axis{fill:none;
+stroke:currentColor}svg{width:100%;max-width:30rem}svg text{font:11px system-ui,sans-serif;fill:currentColor}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1rem}.scroll{overflow-x:auto}
+table{border-collapse:collapse}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
+td:first-child,th:first-child{text-align:left}i.dot{display:inline-block;width:.8em;height:.8em;border-radius:50%}
+ul.cautions li{margin:.3rem 0}
+"""
+
+
+def write_report(
+    path: str | Path,
+    fitted: Any,
+    X: Any,
+    *,
+    sample_weight: Any = None,
+    title: str = "",
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write what a mixture says of a table, whole or not at all.
+
+    Args:
+        path: HTML file to write.
+        fitted: a ``MixtureSearch``, or a fitted mixture.
+        X: (N, D) rows, as they were fitted.
+        sample_weight: (N,), as it was fitted.
+        title: heading; by default the number of rows and columns.
+        notes: sentences to add to the cautions.
+
+    Returns:
+        The same in plain data: n_components, covariance, components, cautions.
+    """
+    check_is_fitted(fitted)
+    search = fitted if hasattr(fitted, "best_estimator_") else None
+    mixture = fitted if search is None else fitted.best_estimator_
+    names = column_names(mixture, mixture.means_.shape[1])
+    data_ND = check_table(mixture if hasattr(X, "columns") else _nameless(mixture), X, reset=False)
+    mixture = _nameless(mixture)
+    weights_N = None if sample_weight is None else np.asarray(sample_weight, float)
+    components = components_of(mixture, data_ND, names, weights_N)
+    careful = [*notes, *cautions(mixture, data_ND, components, search)]
+    heading = title or f"A mixture of {len(data_ND):,} rows and {data_ND.shape[1]} columns"
+    sections = [
+        _intro(mixture, search),
+        _section("Be careful", "<ul class=cautions>" + "".join(f"<li>{escape(one)}</li>" for one in careful) + "</ul>")
+        if careful
+        else "",
+        _section("Components", _components(components) + _noise(mixture)),
+        _section("Pictures", f'<div class="plots">{"".join(_pictures(mixture, data_ND, names, search))}</div>'),
+        _section("Models tried", _candidates(search)) if search is not None else "",
+    ]
+    with write_file(Path(path)) as partial:
+        partial.write_text(_page(heading, "".join(sections)), "utf-8")
+    return {
+        "n_components": len(components),
+        "covariance": mixture.covariance,
+        "components": [one._asdict() for one in components],
+        "cautions": careful,
+    }
+
+
+def _page(title: str, body: str) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _intro(mixture: Any, search: Any) -> str:
+    K = len(mixture.weights_)
+    words = f"{K} component{'s' * (K > 1)}: {family_words(mixture.covariance, K)}."
+    chosen = f"<p>{escape(choice_words(search))}</p>" if search is not None else ""
+    return f"<p><strong>{escape(words)}</strong></p>{chosen}"
+
+
+def _components(components: Sequence[Component]) -> str:
+    parts = []
+    for k, one in enumerate(components):
+        dot = f'<i class="dot" style="background:{color(k)}"></i>'
+        rows = f"{one.rows:,.6g} rows" + (f", sure to {one.certainty:.0%}" if one.rows > 0 else "")
+        parts.append(f"<p>{dot} <strong>Component {k + 1}</strong>, {one.weight:.1%} ({rows}). {escape(one.words)}</p>")
+    head = "".join(f"<th>{k + 1}</th>" for k in range(len(components)))
+    lines = [
+        f"<tr><td>{escape(name)}</td>"
+        + "".join(f"<td>{one.means[name]:.4g} ± {one.deviations[name]:.3g}</td>" for one in components)
+        + "</tr>"
+        for name in components[0].means
+    ]
+    table = f"<table><thead><tr><th>mean ± deviation</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return "".join(parts) + f'<div class="scroll">{table}</div>'
+
+
+def _noise(mixture: Any) -> str:
+    if mixture.noise_log_density_ is None:
+        return ""
+    return f"<p>{mixture.noise_weight_:.1%} is noise, spread evenly over the region of the data.</p>"
+
+
+def _candidates(search: Any, most: int = 12) -> str:
+    best = {one[:2]: one for one in reversed(search.candidates_) if np.isfinite(one.score)}
+    lines = [
+        f"<tr><td>{one.covariance}</td><td>{one.n_components}</td><td>{one.score:,.2f}</td>"
+        f"<td>{one.log_likelihood:,.2f}</td><td>{one.n_parameters}</td></tr>"
+        for one in reversed(best.values())
+    ]
+    failed = sum(bool(one.error) for one in search.candidates_)
+    columns = ("family", "components", search.criterion.upper(), "log likelihood", "parameters")
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    more = f"<p>{failed} fits failed, such as: {escape(_first_error(search))}</p>" if failed else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines[:most])}</tbody></table>{more}"
+
+
+def _first_error(search: Any) -> str:
+    return next(one.error for one in search.candidates_ if one.error)
+
+
+def _nameless(mixture: Any) -> Any:
+    """The mixture without names of columns, which takes plain arrays without a warning."""
+    mixture = copy.copy(mixture)
+    vars(mixture).pop("feature_names_in_", None)
+    return mixture
+
+
+def _pictures(mixture: Any, data_ND: Floats, names: Sequence[str], search: Any) -> list[str]:
+    order_D = _telling_columns(mixture)
+    shown = np.linspace(0, len(data_ND) - 1, min(len(data_ND), SHOWN_ROWS)).astype(int)
+    part_MD, found_M = data_ND[shown], mixture.predict(data_ND[shown])
+    planes = list(combinations(order_D[:3], 2))[:SHOWN_PLANES]
+    pictures = [_plane(mixture, part_MD, found_M, pair, names) for pair in planes]
+    pictures += [_column(mixture, data_ND, d, names) for d in order_D[:SHOWN_COLUMNS]]
+    return [*pictures, _criteria(search)] if search is not None else pictures
+
+
+def _telling_columns(mixture: Any) -> list[int]:
+    """Columns, first those whose variance lies most between the components."""
+    center_D = mixture.weights_ @ mixture.means_ / mixture.weights_.sum()
+    within_D = mixture.weights_ @ np.diagonal(mixture.covariances_, 0, 1, 2)
+    between_D = mixture.weights_ @ (mixture.means_ - center_D) ** 2
+    return np.argsort(-between_D / (within_D + between_D), kind="stable").tolist()
+
+
+def _plane(mixture: Any, part_MD: Floats, found_M: Any, pair: tuple[int, int], names: Sequence[str]) -> str:
+    index = list(pair)
+    whole_M = ~np.isnan(part_MD[:, index]).any(1)
+    xy_M2, means_K2 = part_MD[whole_M][:, index], mixture.means_[:, index]
+    covariances_K22 = mixture.covariances_[:, index][:, :, index]
+    lines = {radius: outlines(means_K2, covariances_K22, radius) for radius in (1, 2)}
+    every_P2 = np.concatenate([xy_M2, lines[2].reshape(-1, 2)])
+    (low, high), title = (every_P2.min(0), every_P2.max(0)), f"{names[pair[1]]} by {names[pair[0]]}"
+    plot = Plot((low[0], high[0]), (low[1], high[1]), title, names[pair[0]], names[pair[1]])
+    plot.points(xy_M2, [color(k) for k in found_M[whole_M]])
+    for radius, lines_KP2 in lines.items():
+        for k, line_P2 in enumerate(lines_KP2):
+            plot.line(line_P2, color(k), width=2.4 / radius, label=f"component {k + 1}, {radius} deviations")
+    for k, mean_2 in enumerate(means_K2):
+        plot.text((mean_2[0], mean_2[1]), str(k + 1))
+    return plot.svg()
+
+
+def _column(mixture: Any, data_ND: Floats, d: int, names: Sequence[str]) -> str:
+    values = data_ND[:, d][~np.isnan(data_ND[:, d])]
+    heights, edges = np.histogram(values, bins=min(60, max(8, int(np.sqrt(len(values))))), density=True)
+    grid_P = np.linspace(edges[0], edges[-1], 240)
+    means_K, variances_K = mixture.means_[:, d], mixture.covariances_[:, d, d]
+    deviations_K = np.sqrt(variances_K)
+    z_KP = (grid_P - means_K[:, None]) / deviations_K[:, None]
+    parts_KP = mixture.weights_[:, None] * np.exp(-0.5 * z_KP**2) / (deviations_K[:, None] * np.sqrt(2 * np.pi))
+    top = max(heights.max(), parts_KP.sum(0).max())
+    plot = Plot((edges[0], edges[-1]), (0, top), f"density of {names[d]}", names[d], "density")
+    plot.bars(edges, heights)
+    for k, part_P in enumerate(parts_KP):
+        plot.line(np.stack([grid_P, part_P], 1), color(k), label=f"component {k + 1}")
+    plot.line(np.stack([grid_P, parts_KP.sum(0)], 1), "currentColor", width=1, label="all components")
+    return plot.svg()
+
+
+def _criteria(search: Any) -> str:
+    found = curves(search.candidates_)
+    scores = [score for curve in found for score in curve.scores]
+    sizes = [K for curve in found for K in curve.n_components]
+    name = search.criterion.upper()
+    plot = Plot((min(sizes), max(sizes)), (min(scores), max(scores)), f"{name} by components", "components", name)
+    for i, curve in enumerate(found):
+        best = curve.covariance == search.best_.covariance
+        line_P2 = np.array([curve.n_components, curve.scores], float).T
+        plot.line(line_P2, color(i), width=2.6 if best else 1, label=curve.covariance)
+        plot.points(line_P2, [color(i)] * len(line_P2), radius=2.5)
+    plot.text((search.best_.n_components, search.best_.score), search.best_.covariance)
+    return plot.svg()
+
+
+def plain(value: Any) -> Any:
+    """Plain data for JSON: numbers that are not finite become None."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

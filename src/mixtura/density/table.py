@@ -1,0 +1,161 @@
+"""Tables in files: delimited text or .npy, as names and numbers. N rows, D columns."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtura.core.errors import FileFormatError, OptionError, unknown_name
+
+Floats = NDArray[np.floating]
+DELIMITERS = (",", ";", "\t", "|")
+MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers of a file.
+
+    Attributes:
+        names: of the D columns.
+        data_ND: their values; NaN where one is missing.
+        left_out: why a column of the file is not here, by name.
+    """
+
+    names: list[str]
+    data_ND: Floats
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def column(self, name: str) -> int:
+        """Index of a column.
+
+        Raises:
+            UnknownNameError, OptionError: if it is not there, or was left out.
+        """
+        if name in self.left_out:
+            raise OptionError(f"column {name!r} cannot be used: it {self.left_out[name]}")
+        if name not in self.names:
+            raise unknown_name("column", name, self.names)
+        return self.names.index(name)
+
+    def only(self, names: Sequence[str]) -> Table:
+        """The table of some columns, in the order given."""
+        index = [self.column(name) for name in names]
+        return Table(list(names), self.data_ND[:, index])
+
+    def without(self, reasons: dict[str, str]) -> Table:
+        """The table without some columns, and why."""
+        kept = [name for name in self.names if name not in reasons]
+        index = [self.names.index(name) for name in kept]
+        return Table(kept, self.data_ND[:, index], {**self.left_out, **reasons})
+
+
+def read_table(path: str | Path) -> Table:
+    """Read a .npy array (mapped, not loaded), or delimited text with or without a line of names.
+
+    Columns that hold anything but numbers are left out by name. Empty cells, NA, NaN, null and ? are missing values;
+    where the delimiter is no comma, a comma may be the decimal sign.
+
+    Raises:
+        FileFormatError: if it is neither, is empty, or lines have different numbers of cells.
+    """
+    path = Path(path)
+    return _read_array(path) if path.suffix == ".npy" else _read_text(path)
+
+
+def _read_array(path: Path) -> Table:
+    try:
+        data_ND = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise FileFormatError(f"{str(path)!r} is no array of numbers: {error}") from error
+    if data_ND.ndim != 2 or data_ND.dtype.kind not in "iuf" or not data_ND.size:
+        raise FileFormatError(f"{str(path)!r} must hold a table of numbers, got {data_ND.dtype} {data_ND.shape}")
+    return Table([f"column {d}" for d in range(data_ND.shape[1])], data_ND)
+
+
+def _read_text(path: Path) -> Table:
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{str(path)!r} is not text in UTF-8: {error.reason} at byte {error.start}") from error
+    numbers, rows = _cells(path, lines)
+    if not rows:
+        raise FileFormatError(f"{str(path)!r} is empty")
+    comma = _delimiter(lines) != ","
+    named = any(_number(cell, comma) is None for cell in rows[0])
+    names = _unique([cell.strip() for cell in rows[0]] if named else [f"column {d}" for d in range(len(rows[0]))])
+    rows, numbers = (rows[1:], numbers[1:]) if named else (rows, numbers)
+    if not rows:
+        raise FileFormatError(f"{str(path)!r} holds names of columns, and no row")
+    columns, left_out = {}, {}
+    for d, name in enumerate(names):
+        values, reason = _column([row[d] for row in rows], numbers, comma)
+        if reason:
+            left_out[name] = reason
+        else:
+            columns[name] = values
+    return Table(list(columns), np.array(list(columns.values())).reshape(len(columns), -1).T, left_out)
+
+
+def _cells(path: Path, lines: list[str]) -> tuple[list[int], list[list[str]]]:
+    """Cells of the lines that are not empty, and the numbers of those lines."""
+    reader = csv.reader(lines, delimiter=_delimiter(lines), skipinitialspace=True)
+    numbers, rows = [], []
+    for row in reader:
+        if any(cell.strip() for cell in row):
+            numbers.append(reader.line_num)
+            rows.append(row)
+            if len(row) != len(rows[0]):
+                raise FileFormatError(
+                    f"{str(path)!r} has {len(row)} cells in line {reader.line_num}, and {len(rows[0])} in the first"
+                )
+    return numbers, rows
+
+
+def _delimiter(lines: list[str]) -> str:
+    """The delimiter that most evenly splits the first lines."""
+    first = [line for line in lines[:50] if line.strip()]
+
+    def least(delimiter: str) -> int:
+        return min((line.count(delimiter) for line in first), default=0)
+
+    return max(DELIMITERS, key=least)
+
+
+def _number(cell: str, comma: bool) -> float | None:
+    """The number of a cell, NaN where it is missing, None where it is text."""
+    cell = cell.strip()
+    if cell.lower() in MISSING:
+        return np.nan
+    try:
+        return float(cell.replace(",", ".") if comma else cell)
+    except ValueError:
+        return None
+
+
+def _column(cells: list[str], numbers: list[int], comma: bool) -> tuple[Floats, str]:
+    """Values of a column, and why it cannot be used, or ""."""
+    values = np.empty(len(cells))
+    for i, cell in enumerate(cells):
+        number = _number(cell, comma)
+        if number is None:
+            return values, f"holds text such as {cell.strip()[:40]!r} in line {numbers[i]}"
+        values[i] = number
+    if np.isinf(values).any():
+        return values, f"holds an infinite value in line {numbers[int(np.isinf(values).argmax())]}"
+    return values, ""
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Names without doubles; empty ones are numbered."""
+    out: list[str] = []
+    for d, name in enumerate(names):
+        name = name or f"column {d}"
+        count = sum(other == name or other.startswith(f"{name} (") for other in out)
+        out.append(f"{name} ({count + 1})" if name in out else name)
+    return out
