@@ -25,11 +25,7 @@ class MixtureTrainer(Balanced, Trainer):
     The loss of a step is the cross-entropy per predicted token of the whole step plus the balance terms, summed over
     the layers; both are the same however the step is split into micro-batches and over processes, but for what
     ``statistic`` leaves open. A row of the log has the loss of its step alone and every part of it, so a resumed run
-    logs the same rows.
-
-    Args:
-        balance: coefficient by key of a balance method; see ``Balanced``.
-        statistic: key of the load that a load-balancing term sees.
+    logs the same rows. ``balance`` and ``statistic`` are arguments of ``Balanced``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
