@@ -27,7 +27,7 @@ X86_SOURCES = {
     "dispatch": ["-DMIXTURA_X86"],
     "isa_avx2": ["-mavx2", "-mfma"],
     "isa_avx512": AVX512,
-    "isa_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "isa_avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 
 

@@ -2,16 +2,19 @@
 
 from mixtura.hf.forward import record
 from mixtura.hf.modeling import MixturaConfig, convert, family, mixtures, routers
+from mixtura.hf.quantizer import MixturaQuantizationConfig, quantize_model
 from mixtura.hf.sites import FeedForwardWeights, Site, feed_forward_sites
 
 __all__ = [
     "FeedForwardWeights",
     "MixturaConfig",
+    "MixturaQuantizationConfig",
     "Site",
     "convert",
     "family",
     "feed_forward_sites",
     "mixtures",
+    "quantize_model",
     "record",
     "routers",
 ]

@@ -44,6 +44,9 @@ def library() -> ctypes.CDLL | None:
     lib.mixtura_experts_forward.argtypes = [experts, *[_POINTER] * 5, _I64, _I64, _I32]
     gradients = ctypes.POINTER(GradientsStruct)
     lib.mixtura_experts_backward.argtypes = [experts, *[_POINTER] * 3, gradients, _POINTER, _I64, _I64, _I32]
+    lib.mixtura_quantized_workspace.argtypes = [_POINTER, _I64, _I64, _I32]
+    lib.mixtura_quantized_workspace.restype = _I64
+    lib.mixtura_quantized_forward.argtypes = [*[_POINTER] * 6, _I64, _I64, _I32]
     for name in ("mixtura_mixture_workspace", "mixtura_tape_scratch", "mixtura_attention_parts"):
         getattr(lib, name).restype = _I64
     lib.mixtura_mixture_workspace.argtypes = [_POINTER, _I64, _I32]

@@ -9,6 +9,7 @@
 #define DECLARE(isa)                                       \
   extern "C" void mixtura_forward_##isa(const mixtura_plan *); \
   extern "C" void mixtura_backward_##isa(const mixtura_plan *); \
+  extern "C" void mixtura_quantized_##isa(const mixtura_plan *); \
   extern "C" void mixtura_tape_##isa(const mixtura_tape *, mixtura_team *); \
   extern "C" float mixtura_read_##isa(const void *, int64_t, int);
 DECLARE(portable)
@@ -22,7 +23,7 @@ namespace {
 
 struct Isa {
   const char *name;
-  mixtura_run forward, backward;
+  mixtura_run forward, backward, quantized;
   mixtura_run_all tape;
   float (*read)(const void *, int64_t, int);
   bool (*there)();
@@ -33,18 +34,20 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 bool always() { return true; }
 
 const Isa ISAS[] = {
 #if defined(MIXTURA_X86)
-    {"avx512_bf16", mixtura_forward_avx512_bf16, mixtura_backward_avx512_bf16, mixtura_tape_avx512_bf16, mixtura_read_avx512_bf16, has_avx512_bf16},
-    {"avx512", mixtura_forward_avx512, mixtura_backward_avx512, mixtura_tape_avx512, mixtura_read_avx512, has_avx512},
-    {"avx2", mixtura_forward_avx2, mixtura_backward_avx2, mixtura_tape_avx2, mixtura_read_avx2, has_avx2},
+    {"avx512_bf16", mixtura_forward_avx512_bf16, mixtura_backward_avx512_bf16, mixtura_quantized_avx512_bf16, mixtura_tape_avx512_bf16, mixtura_read_avx512_bf16, has_avx512_bf16},
+    {"avx512", mixtura_forward_avx512, mixtura_backward_avx512, mixtura_quantized_avx512, mixtura_tape_avx512, mixtura_read_avx512, has_avx512},
+    {"avx2", mixtura_forward_avx2, mixtura_backward_avx2, mixtura_quantized_avx2, mixtura_tape_avx2, mixtura_read_avx2, has_avx2},
 #endif
-    {"portable", mixtura_forward_portable, mixtura_backward_portable, mixtura_tape_portable, mixtura_read_portable, always},
+    {"portable", mixtura_forward_portable, mixtura_backward_portable, mixtura_quantized_portable, mixtura_tape_portable, mixtura_read_portable, always},
 };
 
 const Isa *best() {
@@ -116,6 +119,22 @@ int prepare(mixtura_plan &plan, const int64_t *indices, char *base) {
   plan.weight_gradients = (float *)(base + parts.weight_gradients);
   return sort(plan, indices, order, first, active, (int64_t *)(base + parts.next));
 }
+
+// Places before those of `Parts`, for tokens and hidden units as blocks of whole numbers; the largest are of 72 bytes.
+struct RoundedParts {
+  int64_t inner, rest;
+
+  RoundedParts(const mixtura_quantized &q, int64_t T, int64_t K) {
+    inner = up_to_line(T * ((q.experts.dim + 31) / 32) * 72);
+    rest = inner + up_to_line(T * K * ((q.experts.width + 31) / 32) * 72);
+  }
+};
+
+mixtura_experts without_inner(const mixtura_quantized *q) {
+  mixtura_experts experts = q->experts;
+  experts.width = 0;
+  return experts;
+}
 }  // namespace
 
 extern "C" {
@@ -165,6 +184,24 @@ int mixtura_experts_forward(const mixtura_experts *experts, const void *hidden, 
   plan.out = out;
   if (int code = prepare(plan, indices, (char *)workspace)) return code;
   current->forward(&plan);
+  return 0;
+}
+
+int64_t mixtura_quantized_workspace(const mixtura_quantized *experts, int64_t T, int64_t K, int threads) {
+  return RoundedParts(*experts, T, K).rest + Parts(without_inner(experts), T, K, threads, false).end;
+}
+
+int mixtura_quantized_forward(const mixtura_quantized *experts, const void *hidden, const int64_t *indices,
+                              const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads) {
+  if ((experts->bits != 4 && experts->bits != 8) || experts->group < 32 || experts->group % 32) return 2;
+  if (experts->levels != 127 && experts->levels != 32767) return 2;
+  const mixtura_experts rest = without_inner(experts);
+  const RoundedParts parts(*experts, T, K);
+  mixtura_plan plan = call(&rest, hidden, weights, T, K, threads);
+  plan.out = out, plan.quantized = experts;
+  if (int code = prepare(plan, indices, (char *)workspace + parts.rest)) return code;
+  plan.rounded = workspace, plan.inner = (char *)workspace + parts.inner;
+  current->quantized(&plan);
   return 0;
 }
 

@@ -3,11 +3,15 @@
 #include "attend.h"
 #include "backward.h"
 #include "kernels.h"
+#include "quantized.h"
 
 #define MIXTURA_JOIN_(a, b) a##b
 #define MIXTURA_JOIN(a, b) MIXTURA_JOIN_(a, b)
 extern "C" void MIXTURA_JOIN(mixtura_forward_, MIXTURA_ISA)(const mixtura_plan *plan) { MIXTURA_ISA::forward(plan); }
 extern "C" void MIXTURA_JOIN(mixtura_backward_, MIXTURA_ISA)(const mixtura_plan *plan) { MIXTURA_ISA::backward(plan); }
+extern "C" void MIXTURA_JOIN(mixtura_quantized_, MIXTURA_ISA)(const mixtura_plan *plan) {
+  MIXTURA_ISA::forward_quantized(plan);
+}
 extern "C" void MIXTURA_JOIN(mixtura_tape_, MIXTURA_ISA)(const mixtura_tape *tape, mixtura_team *team) {
   MIXTURA_ISA::run(tape, team);
 }

@@ -31,6 +31,25 @@ typedef struct {
   float alpha, limit;
 } mixtura_experts;
 
+// Weights of 8 or 4 bits: scale * (code - zero), with a scale and a zero for each row and group of inputs. Rows lie in
+// panels of 16, those of the gate before those of the up projection; inputs in blocks of 32, and within a block
+//   8 bits: [8][16][4] bytes, four inputs of a row side by side
+//   4 bits: [4][16][4] bytes, inputs 8 i .. 8 i + 3 in the low halves, 8 i + 4 .. 8 i + 7 in the high ones
+// What fills up rows and blocks must have the code of zero.
+typedef struct {
+  const uint8_t *codes;  // (E, panels, blocks, bytes)
+  const void *scales;    // (E, panels, groups, 16), float16 or float32
+  const uint8_t *zeros;  // the same, or null: all are 128, or 8
+} mixtura_codes;
+
+typedef struct {
+  mixtura_experts experts;  // sizes, biases, activation, and the dtype of tokens; its weights are not read
+  mixtura_codes first, down;
+  int32_t bits, group;    // inputs of a group, a multiple of 32; the last one may be shorter
+  int32_t half_scales;    // whether scales are float16
+  int32_t levels;         // tokens are rounded to -levels .. levels in blocks of 32 inputs: 127, or 32767
+} mixtura_quantized;
+
 // Where gradients go, in the shapes and types of what they are of; a null pointer where none is wanted. Those of the
 // experts' weights must be zero before: experts without a slot are not touched.
 typedef struct {
@@ -47,6 +66,11 @@ int64_t mixtura_workspace(const mixtura_experts *experts, int64_t T, int64_t K, 
 // Returns 0; 1 for a negative index, 2 for a dtype or activation that is not known; out is then as it was.
 int mixtura_experts_forward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
                             const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads);
+
+// The same for weights of few bits. Returns 2 for bits, group or levels that are not known, too.
+int64_t mixtura_quantized_workspace(const mixtura_quantized *experts, int64_t T, int64_t K, int threads);
+int mixtura_quantized_forward(const mixtura_quantized *experts, const void *hidden, const int64_t *indices,
+                              const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads);
 
 // Gradients of all inputs of a forward call; hidden units are computed again. Returns as forward does.
 int mixtura_experts_backward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,

@@ -18,6 +18,9 @@ typedef struct {
   int64_t num_active;
   void *inner;  // (filled slots, F), hidden units in the order of the slots; backward, each times its slot's weight
   float *sums;  // (threads, T, MIXTURA_COLUMNS)
+  // Of weights of few bits alone:
+  const mixtura_quantized *quantized;
+  void *rounded;  // (T, blocks of D), tokens as blocks of whole numbers; inner is made of such blocks, too
   // Of backward alone:
   const mixtura_gradients *gradients;
   void *inner_gradient;     // (filled slots, C), of what enters the activation, in the order of the weights' rows

@@ -16,6 +16,7 @@ typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t Vi __attribute__((vector_size(4 * W)));
 typedef uint32_t Vu __attribute__((vector_size(4 * W)));
 typedef uint16_t Vh __attribute__((vector_size(2 * W)));
+typedef uint8_t Vb __attribute__((vector_size(W)));
 
 struct bf16 {
   uint16_t bits;
@@ -118,9 +119,10 @@ template <> struct Pack<bf16> {
 };
 #endif
 
+// Sums of neighbors at distance B: of x in the lanes without bit B, of y in those with it. Shuffles are what is scarce, so
+// the first of the two is a blend.
 template <int B, std::size_t... I> inline V fold(V x, V y, std::index_sequence<I...>) {
-  constexpr auto low = [](int i) { return i % (2 * B) < B ? i : W + i - B; };
-  return __builtin_shufflevector(x, y, low(I)...) + __builtin_shufflevector(x, y, (low(I) + B)...);
+  return __builtin_shufflevector(x, y, (I & B ? W + I : I)...) + __builtin_shufflevector(x, y, (I & B ? W + I - B : I + B)...);
 }
 
 // Sums over the lanes of N vectors, N a power of 2 up to W; they stand in the first N lanes, in their order.
