@@ -256,7 +256,7 @@ def test_a_changed_model_is_not_run_by_an_old_plan():
     model.model.layers[0].self_attn.scaling /= 2
     old = model.lm_head.weight
     model.lm_head.weight = torch.nn.Parameter(old.detach() * 2)
-    assert steps(model) == {"its tensor weight was exchanged": 5}
+    assert steps(model) == {"its tensors were exchanged": 5}
 
 
 def test_weights_that_change_in_place_count():
