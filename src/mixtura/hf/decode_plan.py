@@ -22,8 +22,11 @@ from mixtura.hf.selection import LayerSelection, layer_selections
 from mixtura.hf.sites import Holder, decoder
 from mixtura.nn.backends.native.activation import activation_number
 from mixtura.nn.backends.native.experts import experts_struct, why_not
-from mixtura.nn.backends.native.tape import Linear, Norm, Tape
+from mixtura.nn.backends.native.quantized import quantized_struct, why_not_quantized
+from mixtura.nn.backends.native.tape import FewBits, Linear, Norm, Tape
+from mixtura.nn.experts.quantized import QuantizedExperts
 from mixtura.nn.mixture import Mixture
+from mixtura.nn.quantized_linear import QuantizedLinear
 from mixtura.nn.routers.base import LinearGate
 
 _ROTATIONS = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length
@@ -47,7 +50,7 @@ class DecodePlan:
     """
 
     def __init__(self, model: Any, rows: int, positions: int) -> None:
-        self.tape = Tape(model.lm_head.weight.dtype, rows)
+        self.tape = Tape(decoder(model).embed_tokens.weight.dtype, rows)
         self.rows = rows
         self._angles = _angles(model, max(positions, 1024))
         self._selections = layer_selections(model)
@@ -145,10 +148,12 @@ class DecodePlan:
         self, selection: LayerSelection, gate: Linear, experts: nn.Module, h_BD: torch.Tensor, x_BD: torch.Tensor
     ) -> None:
         spec = selection.require("a plan")
-        if reason := why_not(experts, h_BD):
+        quantized = isinstance(experts, QuantizedExperts)
+        if reason := why_not_quantized(experts, h_BD, h_BD) if quantized else why_not(experts, h_BD):
             raise NotExpressibleError(f"layer {selection.layer}: {reason}")
+        struct = quantized_struct(experts, h_BD.dtype) if quantized else experts_struct(experts)
         (logits_BE,) = self.tape.linears(h_BD, None, [gate])
-        self.tape.mixture(h_BD, logits_BE, spec, selection.bias_E, experts_struct(experts), x_BD)
+        self.tape.mixture(h_BD, logits_BE, spec, selection.bias_E, struct, x_BD)
         self.tape.used += list(experts.parameters())
 
 
@@ -166,13 +171,17 @@ def _norm(module: nn.Module | None) -> Norm | None:
     return Norm("rms", module.weight, None, eps, offset)
 
 
-def _linear(module: nn.Module) -> Linear:
+def _linear(module: nn.Module) -> Linear | FewBits:
+    if isinstance(module, QuantizedLinear):
+        return module.few_bits()
     if type(module) is not nn.Linear:
         raise NotExpressibleError(f"{type(module).__name__} stands where a plan needs a plain Linear")
     return Linear(module.weight, module.bias)
 
 
-def _dense(module: nn.Module, where: str) -> tuple[tuple[Linear | None, Linear, Linear], int]:
+def _dense(
+    module: nn.Module, where: str
+) -> tuple[tuple[Linear | FewBits | None, Linear | FewBits, Linear | FewBits], int]:
     """Projections and activation of a gated or plain feed-forward."""
     _check_parts(module, {"gate_proj", "up_proj", "down_proj", "act_fn"}, where)
     gate = getattr(module, "gate_proj", None)

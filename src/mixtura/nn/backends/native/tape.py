@@ -16,6 +16,7 @@ import torch
 from mixtura.core.errors import NotExpressibleError
 from mixtura.core.selection import SelectionSpec
 from mixtura.nn.backends.native.library import ExpertsStruct, library
+from mixtura.nn.backends.native.quantized import QuantizedStruct
 
 MAX_ROWS = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -34,7 +35,7 @@ def _same(kind: Any, names: str) -> list[tuple[str, Any]]:
 # in the order of mixtura_decode.h
 NormStruct = _struct("Norm", *_same(_POINTER, "weight bias"), *_same(_F32, "eps offset"), *_same(_I32, "kind unused"))
 LinearStruct = _struct(
-    "Linear", *_same(_POINTER, "weight bias"), *_same(_I64, "out inp"), *_same(_I32, "float32 unused")
+    "Linear", *_same(_POINTER, "weight bias quantized"), *_same(_I64, "out inp"), *_same(_I32, "float32 unused")
 )
 _Embed = _struct("Embed", ("table", _POINTER), ("dim", _I64), ("x", _POINTER), ("scale", _F32), ("unused", _I32))
 _Normalize = _struct("Normalize", ("x", _POINTER), ("dim", _I64), ("norm", NormStruct), ("out", _POINTER))
@@ -68,7 +69,7 @@ _Mixture = _struct(
     "Mixture",
     *_same(_POINTER, "h logits bias"),
     ("experts", ExpertsStruct),
-    *_same(_POINTER, "x out workspace"),
+    *_same(_POINTER, "quantized x out workspace"),
     ("slots", _I64),
     *_same(_I32, "sigmoid choose_by_logits renormalize unused"),
     *_same(_F32, "scale unused_too"),
@@ -112,6 +113,30 @@ class Linear:
     weight_NK: torch.Tensor
     bias_N: torch.Tensor | None = None
 
+    @property
+    def out(self) -> int:
+        """N."""
+        return len(self.weight_NK)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewBits:
+    """The same with a weight of 8 or 4 bits.
+
+    Attributes:
+        struct: its codes as those of the first projection.
+        out: N.
+        inputs: K.
+        tensors: what the struct points into.
+        bias_N: of the type of the tape, or None.
+    """
+
+    struct: QuantizedStruct
+    out: int
+    inputs: int
+    tensors: tuple[torch.Tensor, ...]
+    bias_N: torch.Tensor | None = None
+
 
 class Tape:
     """Records operations, then runs them.
@@ -134,6 +159,7 @@ class Tape:
         self.ids_B, self.positions_B, self.starts_B = (torch.zeros(rows, dtype=torch.int64) for _ in range(3))
         self._buffers: list[torch.Tensor] = []
         self._operands: list[ctypes.Structure] = []
+        self._kept: list[ctypes.Structure] = []
         self._attentions: list[Any] = []
         self._mixtures: list[Any] = []
         self._threads = self._length = 0
@@ -152,9 +178,9 @@ class Tape:
         self._add(_Normalize(x_BD.data_ptr(), x_BD.shape[1], self._norm(norm), h_BD.data_ptr()))
         return h_BD
 
-    def linears(self, x_BD: torch.Tensor, norm: Norm | None, linears: Sequence[Linear]) -> list[torch.Tensor]:
+    def linears(self, x_BD: torch.Tensor, norm: Norm | None, linears: Sequence[Linear | FewBits]) -> list[torch.Tensor]:
         """Up to 4 products of one input, in float32; with a norm the input is that too, else of the weights' type."""
-        outs = [self._buffer(len(linear.weight_NK), wide=True) for linear in linears]
+        outs = [self._buffer(linear.out, wide=True) for linear in linears]
         structs = (LinearStruct * 4)(*map(self._linear, linears))
         pointers = (_POINTER * 4)(*(out.data_ptr() for out in outs))
         self._add(_Linears(x_BD.data_ptr(), self._norm(norm), len(linears), structs, pointers))
@@ -201,7 +227,7 @@ class Tape:
         self._add(struct)
         return out
 
-    def linear_add(self, y_BN: torch.Tensor, linear: Linear, x_BD: torch.Tensor) -> None:
+    def linear_add(self, y_BN: torch.Tensor, linear: Linear | FewBits, x_BD: torch.Tensor) -> None:
         """x += linear(y)."""
         self._add(_LinearAdd(y_BN.data_ptr(), self._linear(linear), x_BD.data_ptr()))
 
@@ -209,7 +235,7 @@ class Tape:
         self,
         h_BD: torch.Tensor,
         norm: Norm | None,
-        projections: tuple[Linear | None, Linear, Linear],
+        projections: tuple[Linear | FewBits | None, Linear | FewBits, Linear | FewBits],
         activation: int,
         x_BD: torch.Tensor,
         by_row_B1: torch.Tensor | None = None,
@@ -225,7 +251,7 @@ class Tape:
             by_row_B1: float32.
         """
         gate, up, down = (LinearStruct() if p is None else self._linear(p) for p in projections)
-        inner = self._buffer(len(projections[1].weight_NK))
+        inner = self._buffer(projections[1].out)
         by_row = None if by_row_B1 is None else by_row_B1.data_ptr()
         pointers = (by_row, inner.data_ptr(), x_BD.data_ptr())
         self._add(_FeedForward(h_BD.data_ptr(), self._norm(norm), gate, up, down, *pointers, activation))
@@ -236,7 +262,7 @@ class Tape:
         logits_BE: torch.Tensor,
         spec: SelectionSpec,
         bias_E: torch.Tensor | None,
-        experts: ExpertsStruct,
+        experts: ExpertsStruct | QuantizedStruct,
         x_BD: torch.Tensor,
     ) -> None:
         """x += the experts that ``select`` chooses by the logits.
@@ -247,8 +273,10 @@ class Tape:
         check_selection(spec)
         out = self._buffer(x_BD.shape[1])
         bias = None if bias_E is None else self._float(bias_E)
+        quantized = isinstance(experts, QuantizedStruct)
+        form = (experts.experts, self._keep(experts)) if quantized else (experts, None)
         pointers = (x_BD.data_ptr(), out.data_ptr(), None)
-        struct = _Mixture(h_BD.data_ptr(), logits_BE.data_ptr(), bias, experts, *pointers, spec.k)
+        struct = _Mixture(h_BD.data_ptr(), logits_BE.data_ptr(), bias, *form, *pointers, spec.k)
         struct.sigmoid, struct.choose_by_logits = spec.score == "sigmoid", spec.order == "topk-score"
         struct.renormalize, struct.scale = spec.renormalize is not None, spec.scale
         self._mixtures.append(struct)
@@ -297,6 +325,10 @@ class Tape:
         self._workspace.append(torch.empty(size + 64, dtype=torch.uint8))
         return -(-self._workspace[-1].data_ptr() // 64) * 64
 
+    def _keep(self, struct: ctypes.Structure) -> int:
+        self._kept.append(struct)
+        return ctypes.addressof(struct)
+
     def _add(self, struct: ctypes.Structure) -> None:
         self._operands.append(struct)
 
@@ -325,11 +357,26 @@ class Tape:
         weight, bias = (None if t is None else self._weight(t) for t in (norm.weight, norm.bias))
         return NormStruct(weight, bias, norm.eps, norm.offset, {"rms": 1, "layer": 2}[norm.kind])
 
-    def _linear(self, linear: Linear) -> Any:
+    def _linear(self, linear: Linear | FewBits) -> Any:
+        if isinstance(linear, FewBits):
+            self.used += linear.tensors
+            bias = None if linear.bias_N is None else self._weight(linear.bias_N)
+            return LinearStruct(None, bias, self._keep(linear.struct), linear.out, linear.inputs)
         (N, K), wide = linear.weight_NK.shape, linear.weight_NK.dtype == torch.float32
         take = self._float if wide else self._weight
         pointers = [None if t is None else take(t) for t in (linear.weight_NK, linear.bias_N)]
-        return LinearStruct(*pointers, N, K, wide and self.dtype != torch.float32)
+        return LinearStruct(*pointers, None, N, K, wide and self.dtype != torch.float32)
+
+
+def few_bits_product(linear: FewBits, x_TK: torch.Tensor) -> torch.Tensor:
+    """x_TK times the transposed weight, plus the bias; (T, N) in the type of x."""
+    outs = []
+    for x_BK in x_TK.contiguous().split(MAX_ROWS):  # type: ignore[no-untyped-call]
+        tape = Tape(x_TK.dtype, len(x_BK))
+        (out_BN,) = tape.linears(x_BK, None, [linear])
+        tape.run(1)
+        outs.append(out_BN.to(x_TK.dtype))
+    return torch.cat(outs) if outs else x_TK.new_empty(0, linear.out)
 
 
 def check_selection(spec: SelectionSpec) -> None:

@@ -51,25 +51,30 @@ void choose(const mixtura_mixture &op, const float *logits, int64_t *indices, fl
   for (int64_t k = 0; k < K; k++) sum += weights[k];
   for (int64_t k = 0; k < K; k++) weights[k] = (op.renormalize && sum ? weights[k] / sum : weights[k]) * op.scale;
 }
+
+int64_t of_experts(const mixtura_mixture &op, int64_t rows, int threads) {
+  return up_to_line(op.quantized ? mixtura_quantized_workspace(op.quantized, rows, op.slots, threads)
+                                 : mixtura_workspace(&op.experts, rows, op.slots, threads, 0));
+}
 }  // namespace
 
 extern "C" {
 
 int64_t mixtura_mixture_workspace(const mixtura_mixture *op, int64_t rows, int threads) {
-  return up_to_line(mixtura_workspace(&op->experts, rows, op->slots, threads, 0)) + up_to_line(rows * op->slots * 8) +
+  return of_experts(*op, rows, threads) + up_to_line(rows * op->slots * 8) +
          up_to_line(rows * op->slots * 4) + up_to_line(op->experts.num_experts * 8);
 }
 
 void mixtura_route(const mixtura_mixture *op, int64_t rows, int threads, mixtura_plan *plan) {
   const int64_t K = op->slots, E = op->experts.num_experts;
   char *base = (char *)op->workspace;
-  int64_t *indices = (int64_t *)(base + up_to_line(mixtura_workspace(&op->experts, rows, K, threads, 0)));
+  int64_t *indices = (int64_t *)(base + of_experts(*op, rows, threads));
   float *weights = (float *)((char *)indices + up_to_line(rows * K * 8));
   float *room = (float *)((char *)weights + up_to_line(rows * K * 4));
   for (int64_t b = 0; b < rows; b++) choose(*op, op->logits + b * E, indices + b * K, weights + b * K, room);
   std::memset(plan, 0, sizeof(*plan));
   plan->experts = op->experts, plan->hidden = op->h, plan->weights = weights, plan->out = op->out;
-  plan->T = rows, plan->K = K, plan->threads = threads;
+  plan->T = rows, plan->K = K, plan->threads = threads, plan->quantized = op->quantized;
   mixtura_prepare(plan, indices, base);
 }
 
@@ -81,13 +86,18 @@ int64_t mixtura_tape_scratch(const mixtura_tape *tape, int64_t rows) {
     switch (tape->instructions[i].op) {
       case MIXTURA_LINEARS: widest = ((const mixtura_linears *)operands)->linear[0].in; break;
       case MIXTURA_LINEAR_ADD: widest = ((const mixtura_linear_add *)operands)->linear.in; break;
-      case MIXTURA_FEED_FORWARD: widest = ((const mixtura_feed_forward *)operands)->up.in; break;
+      case MIXTURA_FEED_FORWARD: {
+        const mixtura_feed_forward &f = *(const mixtura_feed_forward *)operands;
+        widest = most(f.up.in, f.down.in);
+        break;
+      }
       case MIXTURA_ATTENTION: {
         const mixtura_attention &a = *(const mixtura_attention *)operands;
         attention = 4 * (a.heads / a.groups * (a.width + MIXTURA_SCORED) + a.width * (1 + a.heads)) + 128;
       }
     }
-    bytes = most(bytes, most(rows * widest * 8 + 128, attention));
+    // of the type of the tape, in float32, and as blocks of 32, of 72 bytes
+    bytes = most(bytes, most(rows * (widest * 8 + (widest + 31) / 32 * 72) + 256, attention));
   }
   return up_to_line(bytes);
 }

@@ -68,7 +68,7 @@ struct Parts {
     const int64_t bytes = e.dtype == MIXTURA_FLOAT32 ? 4 : 2, parts = (e.width + MIXTURA_UNITS - 1) / MIXTURA_UNITS;
     inner = 0;
     sums = inner + up_to_line(T * K * e.width * bytes);
-    order = sums + up_to_line(threads * T * MIXTURA_COLUMNS * 4);
+    order = sums + up_to_line(threads * T * mixtura_columns(e.dim, T, threads) * 4);
     first = order + up_to_line(T * K * 4);
     active = first + up_to_line((e.num_experts + 1) * 8);
     next = active + up_to_line(e.num_experts * 8);
@@ -164,7 +164,12 @@ int mixtura_use_isa(const char *name) {
 mixtura_run_all mixtura_tape_of_isa(void) { return current->tape; }
 
 int mixtura_prepare(mixtura_plan *plan, const int64_t *indices, char *workspace) {
-  return prepare(*plan, indices, workspace);
+  if (!plan->quantized) return prepare(*plan, indices, workspace);
+  const RoundedParts parts(*plan->quantized, plan->T, plan->K);
+  plan->experts = without_inner(plan->quantized);
+  if (int code = prepare(*plan, indices, workspace + parts.rest)) return code;
+  plan->rounded = workspace, plan->inner = workspace + parts.inner;
+  return 0;
 }
 
 double mixtura_read_bandwidth(const void *bytes, int64_t count, int threads) {
@@ -195,12 +200,9 @@ int mixtura_quantized_forward(const mixtura_quantized *experts, const void *hidd
                               const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads) {
   if ((experts->bits != 4 && experts->bits != 8) || experts->group < 32 || experts->group % 32) return 2;
   if (experts->levels != 127 && experts->levels != 32767) return 2;
-  const mixtura_experts rest = without_inner(experts);
-  const RoundedParts parts(*experts, T, K);
-  mixtura_plan plan = call(&rest, hidden, weights, T, K, threads);
+  mixtura_plan plan = call(&experts->experts, hidden, weights, T, K, threads);
   plan.out = out, plan.quantized = experts;
-  if (int code = prepare(plan, indices, (char *)workspace + parts.rest)) return code;
-  plan.rounded = workspace, plan.inner = (char *)workspace + parts.inner;
+  if (int code = mixtura_prepare(&plan, indices, (char *)workspace)) return code;
   current->quantized(&plan);
   return 0;
 }

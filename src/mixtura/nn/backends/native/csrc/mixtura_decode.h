@@ -22,9 +22,11 @@ typedef struct {
   int32_t kind, unused;
 } mixtura_norm;
 
-// y = weight x + bias, weight (out, in). float32: weight and bias are, whatever the type of the tape is.
+// y = weight x + bias, weight (out, in). float32: weight and bias are, whatever the type of the tape is. quantized: codes
+// of one matrix as its `first`, in place of a weight, or null.
 typedef struct {
   const void *weight, *bias;
+  const mixtura_quantized *quantized;
   int64_t out, in;
   int32_t float32, unused;
 } mixtura_linear;
@@ -101,6 +103,7 @@ typedef struct {
   const float *logits;  // (B, E)
   const float *bias;    // (E,), chooses and never weighs, or null
   mixtura_experts experts;
+  const mixtura_quantized *quantized;  // experts with weights of few bits, or null
   float *x;         // (B, D)
   void *out;        // workspace, (B, D)
   void *workspace;  // of mixtura_mixture_workspace
