@@ -10,7 +10,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from density.tables import responsibilities, rows, same
 from mixtura.core.errors import MixturaError, MixturaWarning, OptionError, ShapeError, UnknownNameError
-from mixtura.density import FAMILIES, GaussianMixture, SingularComponentError
+from mixtura.density import FAMILIES, NIW, GaussianMixture, MustLink, SingularComponentError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -41,6 +41,33 @@ def test_ten_iterations_are_those_of_scikit_learn(kind, algorithm):
     assert ours.aic(X) == pytest.approx(theirs.aic(X), rel=1e-8)
 
 
+@pytest.mark.parametrize("columns", [2, 23, 24, 40])
+@pytest.mark.parametrize("kind", ["full", "tied"])
+def test_every_way_to_compute_gives_the_same(kind, columns):
+    """Narrow and wide tables take products, own factors, or a shared factor; float32 is near."""
+    X, _ = rows(400, columns, offset=5)
+    options = {"covariance": kind, "init": responsibilities(400), "tol": 0, "max_iter": 6, "reg_covar": 1e-3}
+    found = [GaussianMixture(3, algorithm=name, **options).fit(X) for name in ("auto", "gemm", "cholesky")]
+    for other in found[1:]:
+        same(found[0], other, rtol=1e-8)
+        np.testing.assert_allclose(found[0].score_samples(X), other.score_samples(X), rtol=1e-9)
+    single = GaussianMixture(3, **options).fit(X.astype("f4"))
+    np.testing.assert_allclose(single.means_, found[0].means_, rtol=2e-3, atol=2e-3)
+    weights = np.random.default_rng(0).integers(0, 3, 400)
+    heavy = GaussianMixture(3, **options).fit(X, sample_weight=weights)
+    options["init"] = np.repeat(options["init"], weights, 0)
+    same(heavy, GaussianMixture(3, algorithm="cholesky", **options).fit(np.repeat(X, weights, 0)), rtol=1e-8)
+
+
+def test_pooled_moments_know_priors_noise_and_links():
+    X, _ = rows()
+    for given in ({"prior": NIW()}, {"noise_component": True}, {"constraints": MustLink([[0, 1]])}, {"reg_covar": 2.0}):
+        options = {"covariance": "EEE", "tol": 0, "max_iter": 6, "init": responsibilities(), **given}
+        found = [GaussianMixture(3, algorithm=name, **options).fit(X) for name in ("auto", "cholesky")]
+        same(*found, rtol=1e-9)
+        np.testing.assert_allclose(found[0].lower_bounds_, found[1].lower_bounds_, rtol=1e-10)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_likelihood_never_falls(family):
     X, _ = rows()
@@ -49,7 +76,7 @@ def test_log_likelihood_never_falls(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("algorithm", ["gemm", "cholesky"])
+@pytest.mark.parametrize("algorithm", ["auto", "gemm", "cholesky"])
 def test_chunks_do_not_change_results(family, algorithm):
     X, _ = rows()
     options = {"covariance": family, "init": responsibilities(), "tol": 0, "max_iter": 5, "algorithm": algorithm}

@@ -117,7 +117,9 @@ def test_what_cannot_be_fitted_is_told_and_passed_over():
     assert all(one.score == np.inf for one in failed)
     assert any("not positive definite" in one.error for one in failed)
     assert any("n_components=30 is more than the 17 rows" in one.error for one in failed)
-    with pytest.raises(OptionError, match="no candidate could be fitted; of n_components=30: n_components=30 is"):
+    with pytest.raises(
+        OptionError, match="no candidate could be fitted to n_samples=17; of n_components=30: n_components=30 is"
+    ):
         MixtureSearch([30]).fit(X)
     with pytest.raises(SingularComponentError, match="column 0 of X has the same value in every row"):
         GaussianMixture(reg_covar=0).fit(X[:5])

@@ -34,7 +34,13 @@ class Fit(NamedTuple):
 
 
 def expectation(
-    rows: Rows, scores: Scores, *, algorithm: str = "auto", log_noise: float | None = None, links: Any = None
+    rows: Rows,
+    scores: Scores,
+    *,
+    algorithm: str = "auto",
+    log_noise: float | None = None,
+    links: Any = None,
+    pooled: bool = False,
 ) -> Statistics:
     """Sufficient statistics of rows under scores, chunk by chunk; nothing of N times K is kept.
 
@@ -44,8 +50,9 @@ def expectation(
         algorithm: "auto", "gemm" or "cholesky".
         log_noise: log weight + log density of the noise component, or None without one.
         links: maps the log scores (K, N) of all rows to ``Linked`` responsibilities, or None.
+        pooled: whether components have one covariance, and second moments may be those of all together.
     """
-    strategy = _strategy(rows, scores, algorithm)
+    strategy = _strategy(rows, scores, algorithm, pooled=pooled)
     adjusted = None if links is None else links(_all_log_scores(rows, strategy), rows)
     sums, log_likelihood, noise = None, 0.0, 0.0
     for part, features in _chunks(rows, strategy):
@@ -125,10 +132,10 @@ def climb(
     return Fit(parameters, lower_bounds[-1], max_iter, max_iter == 0, lower_bounds[1:], statistics)
 
 
-def _strategy(rows: Rows, scores: Scores, algorithm: str) -> Any:
+def _strategy(rows: Rows, scores: Scores, algorithm: str, *, pooled: bool = False) -> Any:
     if rows.incomplete or rows.noise is not None:
         return Hidden(rows, scores)
-    return choose_strategy(scores, rows.frame, rows.data_ND.dtype, algorithm)
+    return choose_strategy(scores, rows.frame, rows.data_ND.dtype, algorithm, pooled=pooled)
 
 
 def _chunks(rows: Rows, strategy: Any) -> Iterator[tuple[Index, Any]]:

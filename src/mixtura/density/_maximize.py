@@ -69,16 +69,18 @@ class MaximizationStep:
 
     def scatter(self, means_KD: Floats) -> Floats:
         """Scatter about means, with what the regularization and the prior add to it."""
-        second = self.statistics.about(means_KD).second.copy()
+        statistics = self.statistics.about(means_KD)
+        second = statistics.second.copy()
         diagonal_KD = second if second.ndim == 2 else np.einsum("kii->ki", second)
-        diagonal_KD += self.model.reg_covar * self.count_K[:, None]
+        diagonal_KD += self.model.reg_covar * statistics.pool(self.count_K[:, None])
         prior = self.model.prior
         if prior is None:
             return second
         difference_KD = means_KD - prior.mean
         if second.ndim == 2:
             return second + np.diag(prior.psi) + prior.kappa * difference_KD**2
-        return second + prior.psi + prior.kappa * difference_KD[:, :, None] * difference_KD[:, None]
+        own_KDD = prior.psi + prior.kappa * difference_KD[:, :, None] * difference_KD[:, None]
+        return second + statistics.pool(own_KDD)
 
     def covariances(self, means_KD: Floats, groups_K: NDArray[np.intp] | None = None) -> Floats:
         """Covariances of the family about means; components of the same group share one."""

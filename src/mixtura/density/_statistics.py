@@ -21,7 +21,8 @@ class Statistics:
     Attributes:
         count_K: sum of responsibilities.
         first_KD: sum of responsibility * (x - reference).
-        second: sum of responsibility * (x - reference)(x - reference).T, (K, D, D), or its diagonal (K, D).
+        second: sum of responsibility * (x - reference)(x - reference).T, (K, D, D), or its diagonal (K, D); or pooled,
+            (1, D, D), the sum of that over the components.
         reference_KD: the points that moments are about.
         log_likelihood: sum over rows of the log density, weighted, under the parameters of the step.
         weight: sum of row weights.
@@ -41,14 +42,23 @@ class Statistics:
         """Log likelihood per unit of weight."""
         return self.log_likelihood / self.weight
 
+    @property
+    def pooled(self) -> bool:
+        """Whether second moments are those of all components together."""
+        return len(self.second) < len(self.count_K)
+
+    def pool(self, second: Floats) -> Floats:
+        """Second moments of each component, as this has them: summed if it is pooled."""
+        return second.sum(0, keepdims=True) if self.pooled else second
+
     def about(self, reference_KD: Floats) -> Statistics:
         """The same statistics about other points."""
         shift_KD = self.reference_KD - reference_KD
         first_KD = self.first_KD + self.count_K[:, None] * shift_KD
         cross = outer(self.first_KD, shift_KD, self.second.ndim)
         turned = cross if cross.ndim == 2 else cross.swapaxes(1, 2)
-        count = self.count_K.reshape(-1, *[1] * (self.second.ndim - 1))
-        second = self.second + cross + turned + count * outer(shift_KD, shift_KD, self.second.ndim)
+        moved = cross + turned + outer(self.count_K[:, None] * shift_KD, shift_KD, self.second.ndim)
+        second = self.second + self.pool(moved)
         return replace(self, first_KD=first_KD, second=second, reference_KD=reference_KD)
 
     def __add__(self, other: Statistics) -> Statistics:

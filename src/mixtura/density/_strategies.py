@@ -1,4 +1,4 @@
-"""Two ways to score rows and to sum their moments: two matrix products for all components, or factors one by one.
+"""Three ways to score rows and to sum their moments: two products for all components, or factors, own or shared.
 
 M rows of a chunk, D columns, K components, F features.
 
@@ -6,7 +6,11 @@ M rows of a chunk, D columns, K components, F features.
 x_i^2 alone for diagonal families); the same features times responsibilities are the moments. Symmetry halves the work
 and no loop runs over components. It needs data that are centered and scaled: otherwise large terms cancel. ``Factors``
 takes triangular factors of the precisions, component by component, and differences from each mean: slower, and right
-also for components that are tiny compared with the data.
+also for components that are tiny compared with the data. ``SharedFactor`` does the same once for all components, where
+they have one covariance.
+
+The constants of the choice are nanoseconds that were measured on one core (AMD EPYC with AVX-512, OpenBLAS, float64);
+only their ratios matter.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import dtrmm, strmm
 
 from mixtura.density._parameters import Scores
 
@@ -22,7 +27,9 @@ Floats = NDArray[np.floating]
 Moments = tuple[Floats, Floats, Floats]  # count_K, first_KD, second
 
 PRECISION_LIMIT = {8: 1e7, 4: 1e3}  # of scaled data; beyond, products lose more than half of the digits
-WIDEST_PRODUCTS = 32  # columns; beyond, the features of a chunk no longer stay in the cache
+WIDEST_PRODUCTS = 48  # columns; beyond, the features of a chunk no longer stay in the cache
+UNSCALED = {8: 1e50, 4: 1e4}  # columns of larger or smaller deviations are scaled, lest their squares overflow
+NARROW = 24  # columns; below, triangular products are no faster than whole ones
 
 
 class Frame(NamedTuple):
@@ -36,12 +43,18 @@ class Products:
     """Scores and moments as two products with a table of features."""
 
     def __init__(self, scores: Scores, frame: Frame, dtype: Any) -> None:
-        self.frame, self.dtype = frame, np.dtype(dtype)
+        self.dtype = np.dtype(dtype)
+        self.shift_D = frame.shift_D.astype(self.dtype)
+        limit = UNSCALED[self.dtype.itemsize]
+        self.scaled = not ((frame.scale_D < limit) & (frame.scale_D > 1 / limit)).all()
+        scale_D = frame.scale_D if self.scaled else np.ones_like(frame.scale_D)
+        self.frame = Frame(self.shift_D.astype(np.float64), scale_D)
+        self.inverse_D = (1 / scale_D).astype(self.dtype)
         self.diagonal = scores.diagonal
         self.K, self.D = scores.means_KD.shape
         self.upper = np.triu_indices(self.D)
         self.weights_KF = self._weights(scores).astype(self.dtype)
-        self.reference_KD = np.repeat(frame.shift_D[None], self.K, 0)
+        self.reference_KD = np.repeat(self.frame.shift_D[None], self.K, 0)
         self.n_features = self.weights_KF.shape[1]
 
     def _weights(self, scores: Scores) -> Floats:
@@ -66,7 +79,9 @@ class Products:
         out_FM = np.empty((self.n_features, len(x_MD)), self.dtype)
         out_FM[0] = 1
         z_DM = out_FM[1 : 1 + D]
-        z_DM[...] = ((x_MD - self.frame.shift_D) / self.frame.scale_D).T
+        np.subtract(x_MD.T, self.shift_D[:, None], out=z_DM)
+        if self.scaled:
+            z_DM *= self.inverse_D[:, None]
         if self.diagonal:
             np.multiply(z_DM, z_DM, out=out_FM[1 + D :])
             return out_FM
@@ -102,10 +117,12 @@ class Factors:
 
     def __init__(self, scores: Scores, dtype: Any) -> None:
         self.scores, self.dtype = scores, np.dtype(dtype)
-        self.roots = scores.roots.astype(self.dtype)
         self.reference_KD = scores.means_KD
         self.K, self.D = scores.means_KD.shape
         self.n_features = 2 * self.D
+        self.roots = scores.roots.astype(self.dtype)
+        if not scores.diagonal:
+            self.roots = [np.asfortranarray(root_DD) for root_DD in self.roots]
 
     def features(self, x_MD: Floats) -> Floats:
         """The rows themselves."""
@@ -119,7 +136,7 @@ class Factors:
         out_KM = np.empty((self.K, len(x_MD)), self.dtype)
         for k, constant in enumerate(self.scores.constants_K):
             y_MD = self._differences(x_MD, k)
-            y_MD = y_MD * self.roots[k] if self.scores.diagonal else y_MD @ self.roots[k]
+            y_MD = y_MD * self.roots[k] if self.scores.diagonal else whiten(y_MD, self.roots[k])
             out_KM[k] = constant - 0.5 * np.einsum("md,md->m", y_MD, y_MD)
         return out_KM
 
@@ -128,9 +145,8 @@ class Factors:
         rows = []
         for k, share_M in enumerate(responsibilities_KM):
             y_MD = self._differences(x_MD, k)
-            weighted_MD = y_MD * share_M[:, None]
-            second = (weighted_MD * y_MD).sum(0) if self.scores.diagonal else (weighted_MD.T @ y_MD).ravel()
-            rows.append(np.concatenate([[share_M.sum()], weighted_MD.sum(0), second]))
+            second = share_M @ (y_MD * y_MD) if self.scores.diagonal else gram(y_MD, share_M).ravel()
+            rows.append(np.concatenate([[share_M.sum()], share_M @ y_MD, second]))
         return np.asarray(rows, dtype=np.float64)
 
     def unpack(self, sums_KF: Floats) -> Moments:
@@ -140,17 +156,95 @@ class Factors:
         return sums_KF[:, 0], sums_KF[:, 1 : 1 + D], second if self.scores.diagonal else second.reshape(K, D, D)
 
 
-def choose_strategy(scores: Scores, frame: Frame, dtype: Any, algorithm: str) -> Products | Factors:
-    """``Products`` where it is faster and keeps enough digits ("auto"), or what ``algorithm`` says."""
-    if algorithm == "gemm" or (algorithm == "auto" and _products_fit(scores, frame, np.dtype(dtype))):
+class SharedFactor:
+    """Scores and moments where all components have one covariance: rows are whitened once, second moments are pooled.
+
+    The pooled second moments are about the center of the data, of all components together: (1, D, D).
+    """
+
+    def __init__(self, scores: Scores, frame: Frame, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+        self.shift_D = frame.shift_D.astype(self.dtype)
+        self.K, self.D = scores.means_KD.shape
+        self.root_DD = np.asfortranarray(scores.roots[0].astype(self.dtype))
+        means_KD = (scores.means_KD - self.shift_D.astype(np.float64)) @ scores.roots[0]
+        self.means_KD = means_KD.astype(self.dtype)
+        self.constants_K1 = (scores.constants_K - 0.5 * (means_KD**2).sum(1)).astype(self.dtype)[:, None]
+        self.reference_KD = np.repeat(self.shift_D.astype(np.float64)[None], self.K, 0)
+        self.n_features = 3 * self.D
+
+    def features(self, x_MD: Floats) -> Floats:
+        """Rows less the center."""
+        return x_MD - self.shift_D
+
+    def log_scores(self, z_MD: Floats) -> Floats:
+        """Log scores (K, M)."""
+        y_MD = whiten(z_MD.copy(), self.root_DD)
+        out_KM = self.means_KD @ y_MD.T
+        out_KM += self.constants_K1
+        out_KM -= 0.5 * np.einsum("md,md->m", y_MD, y_MD)
+        return out_KM
+
+    def moments(self, responsibilities_KM: Floats, z_MD: Floats) -> Floats:
+        """Sums (K + D, D + 1): counts and first moments of the components, then pooled second moments."""
+        out = np.zeros((self.K + self.D, self.D + 1))
+        out[: self.K, 0] = responsibilities_KM.sum(1, dtype=np.float64)
+        out[: self.K, 1:] = responsibilities_KM @ z_MD
+        out[self.K :, 1:] = gram(z_MD, responsibilities_KM.sum(0))
+        return out
+
+    def unpack(self, sums: Floats) -> Moments:
+        """Counts and moments about the center; the second ones pooled."""
+        return sums[: self.K, 0], sums[: self.K, 1:], sums[None, self.K :, 1:]
+
+
+def whiten(y_MD: Floats, root_DD: Floats) -> Floats:
+    """y @ U for an upper triangle U in Fortran order; ``y_MD`` may be overwritten."""
+    if len(root_DD) < NARROW:
+        return y_MD @ root_DD
+    multiply = dtrmm if y_MD.dtype == np.float64 else strmm
+    return multiply(1.0, root_DD, y_MD.T, trans_a=1, overwrite_b=1).T
+
+
+def gram(y_MD: Floats, share_M: Floats) -> Floats:
+    """Sum of share * y y.T over the rows, (D, D); symmetric, so that half of it is computed."""
+    if y_MD.shape[1] < NARROW:
+        return (y_MD * share_M[:, None]).T @ y_MD
+    y_MD = y_MD * np.sqrt(share_M)[:, None]
+    return y_MD.T @ y_MD
+
+
+def choose_strategy(scores: Scores, frame: Frame, dtype: Any, algorithm: str, *, pooled: bool = False) -> Any:
+    """The way that is fastest and keeps enough digits ("auto"), or what ``algorithm`` says.
+
+    Args:
+        scores: of the components.
+        frame: of the data.
+        dtype: of the data.
+        algorithm: "auto", "gemm" or "cholesky".
+        pooled: whether second moments may be those of all components together.
+    """
+    dtype = np.dtype(dtype)
+    if algorithm == "auto" and pooled and _near(scores, frame, dtype):
+        return SharedFactor(scores, frame, dtype)
+    if algorithm == "gemm" or (algorithm == "auto" and _near(scores, frame, dtype) and _products_pay(scores)):
         return Products(scores, frame, dtype)
     return Factors(scores, dtype)
 
 
-def _products_fit(scores: Scores, frame: Frame, dtype: np.dtype[Any]) -> bool:
+def _products_pay(scores: Scores) -> bool:
+    """Whether two products cost less than a factor for each component."""
+    K, D = scores.means_KD.shape
+    if scores.diagonal:
+        return True
+    features = 1 + D + D * (D + 1) // 2
+    products = features * (0.5 + max(0.8, 0.1 * K))
+    return D <= WIDEST_PRODUCTS and products < K * (30 + 0.09 * D * D)
+
+
+def _near(scores: Scores, frame: Frame, dtype: np.dtype[Any]) -> bool:
+    """Whether no component is so small, or so far from the center, that differences of large terms lose its digits."""
     D = scores.means_KD.shape[1]
-    if not scores.diagonal and D > WIDEST_PRODUCTS:
-        return False
     scale = frame.scale_D if scores.diagonal else frame.scale_D[:, None]
     sharpness = float(((scores.roots * scale) ** 2).sum(tuple(range(1, scores.roots.ndim))).max())
     reach = float((((scores.means_KD - frame.shift_D) / frame.scale_D) ** 2).max())

@@ -69,13 +69,13 @@ def fit_covariances(family: Family, scatter: Floats, count_K: Floats, previous: 
 
     Args:
         family: which.
-        scatter: W_k, (K, D, D), or their diagonals (K, D) if the family is diagonal.
+        scatter: W_k, (K, D, D), or their diagonals (K, D) if the family is diagonal; for EEE also their sum (1, D, D).
         count_K: n_k, positive.
         previous: covariances to go on from, (K, D, D). EVE and VVE have several optima; from there the likelihood
             cannot fall.
 
     Returns:
-        Covariances of the shape of ``scatter``. Where a component is singular they are not positive or not finite.
+        Covariances (K, D, D) or (K, D). Where a component is singular they are not positive or not finite.
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
         if family.diagonal:
@@ -118,7 +118,7 @@ def _own_orientations(family: Family, scatter_KDD: Floats, count_K: Floats) -> F
 
 def _common_matrix(family: Family, scatter_KDD: Floats, count_K: Floats, *, rounds: int = 500) -> Floats:
     """EEE, and VEE: S_k = volume_k * C with |C| = 1, by turns until neither moves."""
-    K, D, _ = scatter_KDD.shape
+    K, D = len(count_K), scatter_KDD.shape[1]
     if family.volume == "E":
         return np.repeat((scatter_KDD.sum(0) / count_K.sum())[None], K, 0)
     volume_K = np.trace(scatter_KDD, axis1=1, axis2=2) / (D * count_K)

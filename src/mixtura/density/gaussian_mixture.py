@@ -147,7 +147,8 @@ class GaussianMixture(Queries, Exchange, Saved, Fitting):
             log_noise = float(self.noise_log_density_ + safe_log(np.float64(parameters.noise_weight)))
         links = self._links and partial(self._links.adjust, log_weights_K=safe_log(parameters.weights_K))
         scores = scores_of(parameters)
-        return expectation(rows, scores, algorithm=self.algorithm, log_noise=log_noise, links=links)
+        pooled = model.family.name == "EEE" and not model.constraints and len(parameters.weights_K) > 1
+        return expectation(rows, scores, algorithm=self.algorithm, log_noise=log_noise, links=links, pooled=pooled)
 
     def _maximize(self, statistics: Statistics, model: Model, previous: Parameters) -> Parameters:
         return maximize(statistics, model, previous)

@@ -93,7 +93,7 @@ class MixtureSearch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMi
         base = GaussianMixture(tol=1e-5, max_iter=1000, reg_covar=0) if self.mixture is None else self.mixture
         tasks = [(K, distinct_families(families, K, data_ND.shape[1]), init) for init in inits for K in sizes]
         found = Parallel(n_jobs=self.n_jobs)(delayed(try_size)(table, base, *task) for task in tasks)
-        self._choose([one for part in found for one in part], sizes)
+        self._choose([one for part in found for one in part], sizes, len(data_ND))
         if hasattr(self, "feature_names_in_"):
             self.best_estimator_.feature_names_in_ = self.feature_names_in_
         return self
@@ -119,11 +119,13 @@ class MixtureSearch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMi
             check_whole_number("cv", self.cv, 2)
         return sizes, families, inits
 
-    def _choose(self, found: list[tuple[Candidate, GaussianMixture | None]], sizes: list[int]) -> None:
+    def _choose(self, found: list[tuple[Candidate, GaussianMixture | None]], sizes: list[int], N: int) -> None:
         found.sort(key=lambda pair: (pair[0].score, pair[0].n_parameters))  # stable: the first name wins
         best, mixture = found[0]
         if mixture is None:
-            raise OptionError(f"no candidate could be fitted; of n_components={best.n_components}: {best.error}")
+            raise OptionError(
+                f"no candidate could be fitted to n_samples={N}; of n_components={best.n_components}: {best.error}"
+            )
         self.best_, self.best_estimator_ = best, mixture
         self.candidates_ = [candidate for candidate, _ in found]
         if not best.converged:
