@@ -1,0 +1,177 @@
+"""One layer of SwiGLU experts, forward, against everybody who computes such layers on a CPU.
+
+T tokens, D width, E experts, K slots a token, F expert width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixtura.bench.limits import DTYPES, READ_BYTES, Product, Read
+from mixtura.bench.measuring import Contestant, Here, Watch, interleave
+from mixtura.bench.peers import PeerError, There, Worker, worker
+from mixtura.bench.report import Case
+from mixtura.nn.backends import automatic_backend
+
+SHAPES = {"A": (512, 1024, 8, 2), "B": (1024, 512, 64, 8), "C": (2048, 1024, 64, 8)}  # D, F, E, K
+TOKENS = (1, 8, 64, 512, 4096)
+_COPIES = 2e9  # bytes of weights that "batched_mm" may copy for a case
+_LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+
+
+def layer(
+    watch: Watch,
+    peers: Mapping[str, Path],
+    versions: dict[str, str],
+    *,
+    wanted: Callable[[str], bool],
+    rounds: int,
+    shapes: Mapping[str, tuple[int, int, int, int]] = SHAPES,
+    tokens: tuple[int, ...] = TOKENS,
+    read_bytes: int = READ_BYTES,
+) -> Iterator[Case]:
+    """Time layers.
+
+    Args:
+        watch: over the machine.
+        peers: interpreters by name.
+        versions: those of the peers are added.
+        wanted: whether a case of that name is.
+        rounds: as in ``interleave``.
+        shapes: D, F, E, K by name.
+        tokens: numbers of them.
+        read_bytes: size of the memory that is read for the limit.
+    """
+    for shape_name, shape in shapes.items():
+        for dtype_name, dtype in DTYPES.items():
+            names = {f"{shape_name}/{dtype_name}/T{T}": T for T in tokens}
+            names = {name: T for name, T in names.items() if wanted(name)}
+            if names:
+                with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+                    arena = _Arena(Path(folder), shape, dtype, read_bytes)
+                    arena.invite(peers, watch, stack)
+                    versions |= arena.versions
+                    for name, T in names.items():
+                        yield arena.case(name, T, watch, rounds)
+
+
+class _Arena:
+    """The experts of one layer, in this process and in the workers."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int, int], dtype: torch.dtype, read_bytes: int) -> None:
+        self.folder, self.shape, self.dtype = folder, shape, dtype
+        self.experts = random_experts(shape, dtype)
+        self.workers: dict[str, Worker] = {}
+        self.left_out: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
+        self.limits = (Product(dtype), Read("read", read_bytes))
+
+    def invite(self, peers: Mapping[str, Path], watch: Watch, stack: contextlib.ExitStack) -> None:
+        """Start the workers of those who compute layers."""
+        peers = {name: python for name, python in peers.items() if name in ("zentorch", "vllm", "onnxruntime")}
+        if not peers:
+            return
+        for name in ("gate_up_proj", "down_proj"):
+            short = {"gate_up_proj": "first", "down_proj": "down"}[name]
+            _write(self.folder / f"{short}.npy", getattr(self.experts, name))
+        for name, python in peers.items():
+            more = {"slots": self.shape[3]} if name == "onnxruntime" else {}
+            one = stack.enter_context(worker(python, f"{name}_layer", torch.get_num_threads()))
+            try:
+                answer = one.ask("load", folder=str(self.folder), **more, threads=torch.get_num_threads())
+            except PeerError as error:
+                self.left_out[name] = str(error)
+                one.close()
+                continue
+            self.versions |= answer["versions"]
+            self.workers[name] = one
+            watch.own.add(one.pid)
+
+    def case(self, name: str, T: int, watch: Watch, rounds: int) -> Case:
+        """Check that everybody computes the same, then time it."""
+        D, F, E, K = self.shape
+        generator = torch.Generator().manual_seed(T)
+        hidden_TD = torch.randn(T, D, generator=generator).to(self.dtype)
+        logits_TE = torch.randn(T, E, generator=generator)
+        weights_TK, indices_TK = logits_TE.softmax(-1).topk(K)
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        tensors = {"hidden": hidden_TD, "indices": indices_TK, "weights": weights_TK, "logits": logits_TE}
+        left_out, contestants = dict(self.left_out), self._here(hidden_TD, indices_TK, weights_TK)
+        reference = self.experts_forward("eager", hidden_TD, indices_TK, weights_TK)
+        outputs = {one.who: one.call().float() for one in contestants}  # type: ignore[attr-defined]
+        there = self._there(tensors, left_out, outputs)
+        errors = {who: float((out - reference).norm() / reference.norm()) for who, out in outputs.items()}
+        for who, error in errors.items():
+            if not error <= _LARGEST_ERROR[self.dtype]:
+                left_out[who] = f"its output is off by {error:.2g}"
+        product, read = self.limits
+        everybody: list[Contestant] = [*contestants, *there, Here("gemm", product), read]
+        outcome = interleave([one for one in everybody if one.who not in left_out], watch, rounds=rounds)
+        gemm, bandwidth = (product.operations / 1e9, "gemm"), (read.bytes / 1e9, "read")
+        told = {who: amount / outcome.timings[who].seconds for amount, who in (gemm, bandwidth)}
+        touched = len(indices_TK.unique()) * 3 * D * F * hidden_TD.element_size()
+        least = max(6 * T * K * D * F / 1e9 / told["gemm"], touched / 1e9 / told["read"])
+        return Case(name, outcome, limits=told, least=least, errors=errors, left_out=left_out)
+
+    def experts_forward(self, name: str, *inputs: torch.Tensor) -> Any:
+        """By an implementation of transformers."""
+        self.experts.config._experts_implementation = name
+        return self.experts(*inputs)
+
+    def _here(self, *inputs: torch.Tensor) -> list[Here]:
+        T, (D, F, _, K) = len(inputs[0]), self.shape
+        stock = ["eager", "grouped_mm"]
+        if T * K * 3 * D * F * self.dtype.itemsize < _COPIES:
+            stock.append("batched_mm")
+        forward = self.experts_forward
+        return [
+            Here("mixtura", lambda: automatic_backend(self.experts, *inputs)),
+            *(Here(f"transformers {n}", lambda n=n: forward(n, *inputs)) for n in stock),
+        ]
+
+    def _there(
+        self, tensors: Mapping[str, torch.Tensor], left_out: dict[str, str], outputs: dict[str, torch.Tensor]
+    ) -> list[There]:
+        contestants = []
+        if self.workers:
+            for part, tensor in tensors.items():
+                _write(self.folder / f"case-{part}.npy", tensor)
+        for name, one in self.workers.items():
+            try:
+                for who in one.ask("case", name="case")["who"]:
+                    path = self.folder / "out.npy"
+                    one.ask("output", who=who, path=str(path))
+                    outputs[who] = torch.from_numpy(np.load(path)).float()
+                    contestants.append(There(who, one))
+            except PeerError as error:
+                left_out[name] = str(error)
+        return contestants
+
+
+def random_experts(shape: tuple[int, int, int, int], dtype: torch.dtype) -> nn.Module:
+    """Stacked SwiGLU experts as OLMoE has them, with weights of deviation 0.02."""
+    from transformers import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+    D, F, E, K = shape
+    config = OlmoeConfig(hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=K)
+    made = OlmoeExperts(config).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            for part in parameter:  # an expert at a time: no copy of all in float32
+                part.copy_(torch.randn(part.shape, generator=generator).mul_(0.02))
+    return made.requires_grad_(False)
+
+
+def _write(path: Path, tensor: torch.Tensor) -> None:
+    plain = tensor.detach().view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor.detach()
+    np.save(path, plain.numpy())

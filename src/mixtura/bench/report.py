@@ -1,0 +1,176 @@
+"""What a benchmark tells: the machine, versions, limits, and a row for each contestant of a case.
+
+Everything is told as a dict that goes to JSON as it is:
+``{kind, machine, versions, quiet, limits, rows: [{case, who, value, unit, vs_best_peer, of_limit, iqr, error}],
+left_out: {case: {who: why}}, foreign: {case: cores}}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixtura.bench.measuring import Outcome
+from mixtura.core.files import write_file
+
+OURS = "mixtura"  # names of contestants that begin so are no peers
+PACKAGES = ("mixtura", "torch", "transformers", "numpy")
+
+
+@dataclasses.dataclass
+class Case:
+    """A case that was timed.
+
+    Attributes:
+        name: such as "B/bf16/T8".
+        outcome: its timings; those whose name is in ``limits`` are no contestants.
+        unit: "ms", or what ``amount`` counts in a second.
+        amount: done in a run.
+        limits: names of timings to values in their unit, to be told beside.
+        least: seconds that a run takes at the limits of the machine; None if nothing is known.
+        errors: difference from the reference, relative.
+        left_out: who could not take part, and why.
+        beside: contestants that do something else, so that nobody is compared with them.
+    """
+
+    name: str
+    outcome: Outcome
+    unit: str = "ms"
+    amount: float = 1.0
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    least: float | None = None
+    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: Sequence[str] = ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each contestant; ``vs_best_peer`` above 1 is better than the best of the others."""
+        seconds = {who: timing for who, timing in self.outcome.timings.items() if who not in self.limits}
+        peers = [
+            timing.seconds for who, timing in seconds.items() if not who.startswith(OURS) and who not in self.beside
+        ]
+        rows = []
+        for who, timing in seconds.items():
+            value = timing.seconds * 1e3 if self.unit == "ms" else self.amount / timing.seconds
+            rows.append(
+                {
+                    "case": self.name,
+                    "who": who,
+                    "value": _short(value),
+                    "unit": self.unit,
+                    "vs_best_peer": _short(min(peers) / timing.seconds) if peers else None,
+                    "of_limit": _short(self.least / timing.seconds) if self.least else None,
+                    "iqr": _short(timing.iqr),
+                    "error": _short(self.errors[who]) if who in self.errors else None,
+                }
+            )
+        return rows
+
+
+class Report:
+    """Collects cases.
+
+    Args:
+        kind: of the benchmark.
+        threads: of the computations.
+        path: JSON file that is written after each case; None for none.
+
+    Attributes:
+        cases: so far.
+        versions: of what stands here; those of peers are added.
+    """
+
+    def __init__(self, kind: str, threads: int, path: Path | None = None) -> None:
+        self.path = path
+        self.versions = own_versions()
+        self.cases: list[Case] = []
+        self._head = {"kind": kind, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+        self._machine = machine(threads)
+
+    def add(self, case: Case) -> list[dict[str, Any]]:
+        """Its rows; the file is written anew."""
+        self.cases.append(case)
+        if self.path is not None:
+            with write_file(self.path) as partial:
+                partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
+        return case.rows()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything so far, as the head of the file says."""
+        quiet = [case.outcome.quiet for case in self.cases]
+        return {
+            **self._head,
+            "machine": self._machine,
+            "versions": self.versions,
+            "quiet": None if None in quiet else all(quiet),
+            "limits": {case.name: {n: _short(v) for n, v in case.limits.items()} for case in self.cases},
+            "rows": [row for case in self.cases for row in case.rows()],
+            "left_out": {case.name: out for case in self.cases if (out := {**case.left_out, **case.outcome.failed})},
+            "foreign": {case.name: _short(case.outcome.foreign) for case in self.cases},
+        }
+
+
+def own_versions() -> dict[str, str]:
+    """Of this package and of what it stands on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Processor, memory and threads; what the system does not tell is left out."""
+    from mixtura.nn.backends.native import instructions
+
+    told: dict[str, Any] = {"system": platform.system(), "architecture": platform.machine(), "cores": os.cpu_count()}
+    told |= _processor()
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        told["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    return {**told, "threads": threads, "instructions": instructions()[0]}
+
+
+def _processor() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {"processor": platform.processor()}
+    facts = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}
+    wanted = {"model name": "processor", "cpu family": "family", "model": "model", "cache size": "cache"}
+    return {name: facts[key] for key, name in wanted.items() if key in facts}
+
+
+def lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Rows for people; ours are marked with >."""
+    told = []
+    for row in rows:
+        mark = ">" if row["who"].startswith(OURS) else " "
+        ratio = "" if row["vs_best_peer"] is None else f"{row['vs_best_peer']:6.2f} of the best peer"
+        limit = "" if row["of_limit"] is None else f"{row['of_limit']:5.0%} of the limit"
+        text = f"{mark} {row['case']:30} {row['who']:24} {row['value']:10.4g} {row['unit']:5} {ratio:24} {limit}"
+        told.append(text.rstrip())
+    return told
+
+
+def markdown(told: Mapping[str, Any]) -> str:
+    """Tables for the docs: cases down, contestants across; the ratio of ours to the best peer, and to the limit."""
+    names = list(dict.fromkeys(row["who"] for row in told["rows"]))
+    by_case: dict[str, dict[str, Any]] = {}
+    for row in told["rows"]:
+        by_case.setdefault(row["case"], {})[row["who"]] = row
+    head = ["case", "unit", *names, "mixtura / best peer", "of limit"]
+    table = [head, ["---"] * len(head)]
+    for case, row_of in by_case.items():
+        ours = next((row for who, row in row_of.items() if who.startswith(OURS)), None)
+        cells = [f"{row_of[who]['value']:.4g}" if who in row_of else "" for who in names]
+        ratio = "" if ours is None or ours["vs_best_peer"] is None else f"{ours['vs_best_peer']:.2f}"
+        limit = "" if ours is None or ours["of_limit"] is None else f"{ours['of_limit']:.0%}"
+        table.append([case, next(iter(row_of.values()))["unit"], *cells, ratio, limit])
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

@@ -1,0 +1,106 @@
+"""What is told: rows, their ratios, files, tables."""
+
+import json
+
+import pytest
+
+from mixtura.bench.measuring import Outcome, Timing
+from mixtura.bench.report import Case, Report, lines, machine, markdown, own_versions
+from mixtura.core.errors import MixturaError
+
+
+def case(name="B/bf16/T8", foreign=0.0, seconds=None, **options):
+    seconds = seconds or {"mixtura": 0.002, "fast": 0.003, "slow": 0.006, "gemm": 1.0}
+    timings = {who: Timing(value, 0.125, 7) for who, value in seconds.items()}
+    return Case(name, Outcome(timings, {}, foreign), **{"limits": {"gemm": 380.0}, **options})
+
+
+def by_who(rows):
+    return {row["who"]: row for row in rows}
+
+
+def test_a_ratio_above_one_is_better_than_the_best_peer():
+    rows = by_who(case().rows())
+    assert {who: row["vs_best_peer"] for who, row in rows.items()} == {"mixtura": 1.5, "fast": 1.0, "slow": 0.5}
+    assert rows["mixtura"] == {
+        "case": "B/bf16/T8",
+        "who": "mixtura",
+        "value": 2.0,
+        "unit": "ms",
+        "vs_best_peer": 1.5,
+        "of_limit": None,
+        "iqr": 0.125,
+        "error": None,
+    }
+
+
+def test_rates_are_amounts_a_second_and_the_ratio_stays_the_same():
+    rows = by_who(case(unit="tok/s", amount=8, least=0.001).rows())
+    assert (rows["mixtura"]["value"], rows["mixtura"]["vs_best_peer"], rows["mixtura"]["of_limit"]) == (4000, 1.5, 0.5)
+    assert rows["slow"]["of_limit"] == pytest.approx(1 / 6, rel=1e-3)
+
+
+def test_contestants_that_do_something_else_are_nobodys_peer():
+    assert by_who(case(beside=("fast",)).rows())["mixtura"]["vs_best_peer"] == 3.0
+
+
+def test_without_peers_there_is_no_ratio():
+    (row,) = case(seconds={"mixtura": 1.0}).rows()
+    assert row["vs_best_peer"] is None
+
+
+def test_the_file_is_whole_after_each_case(tmp_path):
+    path = tmp_path / "layer.json"
+    report = Report("layer", 2, path)
+    report.add(case("one", left_out={"slow": "no"}, errors={"fast": 0.00123456}))
+    first = json.loads(path.read_text())
+    report.add(case("two", foreign=0.5))
+    second = json.loads(path.read_text())
+    assert second == report.to_dict()
+    assert set(first) == {"kind", "date", "machine", "versions", "quiet", "limits", "rows", "left_out", "foreign"}
+    assert [row["case"] for row in first["rows"]] == ["one"] * 3
+    assert [row["case"] for row in second["rows"]] == ["one"] * 3 + ["two"] * 3
+    assert (first["quiet"], second["quiet"]) == (True, False)
+    assert first["limits"] == {"one": {"gemm": 380.0}}
+    assert first["left_out"] == {"one": {"slow": "no"}}
+    assert by_who(first["rows"])["fast"]["error"] == 0.001235
+    assert [entry.name for entry in tmp_path.iterdir()] == ["layer.json"]
+
+
+def test_unknown_quiet_is_none():
+    report = Report("layer", 2)
+    report.add(case(foreign=None))
+    report.add(case("other"))
+    assert report.to_dict()["quiet"] is None
+
+
+def test_a_file_that_cannot_be_written_is_one_error(tmp_path):
+    with pytest.raises((MixturaError, OSError)):
+        Report("layer", 2, tmp_path).add(case())
+
+
+def test_the_machine_is_described():
+    told = machine(2)
+    assert told["threads"] == 2
+    assert told["cores"] >= 1
+    assert told["processor"]
+    assert set(own_versions()) == {"python", "mixtura", "torch", "transformers", "numpy"}
+
+
+def test_lines_are_for_people():
+    said = lines(case(least=0.001).rows())
+    assert said[0].split() == "> B/bf16/T8 mixtura 2 ms 1.50 of the best peer 50% of the limit".split()
+    assert not said[1].startswith(">")
+    assert max(map(len, said)) <= 120
+
+
+def test_tables_have_cases_down_and_contestants_across():
+    report = Report("layer", 2)
+    report.add(case("one", least=0.001))
+    report.add(case("two", seconds={"mixtura": 0.001, "other": 0.0005}))
+    assert markdown(report.to_dict()).splitlines() == [
+        "| case | unit | mixtura | fast | slow | other | mixtura / best peer | of limit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| one | ms | 2 | 3 | 6 |  | 1.50 | 50% |",
+        "| two | ms | 1 |  |  | 0.5 | 0.50 |  |",
+    ]
