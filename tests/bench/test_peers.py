@@ -64,7 +64,7 @@ def test_a_contestant_runs_there(one):
 
 def test_an_error_there_is_one_here_and_the_worker_goes_on(one):
     one.ask("load")
-    with pytest.raises(PeerError, match="^ZeroDivisionError: division by zero$"):
+    with pytest.raises(PeerError, match=r"^ZeroDivisionError: division by zero$"):
         There("breaks", one).run(1)
     with pytest.raises(PeerError, match="AttributeError"):
         one.ask("nothing")
@@ -74,7 +74,7 @@ def test_an_error_there_is_one_here_and_the_worker_goes_on(one):
 def test_a_worker_that_ends_is_told_with_its_last_line(one):
     one.ask("load")
     for _ in range(2):
-        with pytest.raises(PeerError, match="^the worker ended: MemoryError: no more$"):
+        with pytest.raises(PeerError, match=r"^the worker ended: MemoryError: no more$"):
             one.ask("end")
 
 
@@ -101,11 +101,11 @@ def test_peers_are_found_in_a_folder_or_by_the_environment(tmp_path, monkeypatch
 
 def test_peers_that_are_not_there_are_named(tmp_path, monkeypatch):
     monkeypatch.delenv("MIXTURA_PEERS", raising=False)
-    with pytest.raises(UnknownNameError, match="unknown peer 'zentorh'; did you mean 'zentorch'"):
+    with pytest.raises(UnknownNameError, match=r"unknown peer 'zentorh'; did you mean 'zentorch'"):
         found_peers(tmp_path, ["zentorh"])
-    with pytest.raises(OptionError, match="peer 'vllm' is not set up: no .*vllm/bin/python"):
+    with pytest.raises(OptionError, match=r"peer 'vllm' is not set up: no .*vllm/bin/python"):
         found_peers(tmp_path, ["vllm"])
     with pytest.raises(OptionError, match="no folder was given"):
         found_peers(None, ["vllm"])
-    with pytest.raises(OptionError, match="the folder of peers .* does not exist"):
+    with pytest.raises(OptionError, match=r"the folder of peers .* does not exist"):
         found_peers(tmp_path / "nowhere")

@@ -89,7 +89,7 @@ def test_the_machine_is_described():
 
 def test_lines_are_for_people():
     said = lines(case(least=0.001).rows())
-    assert said[0].split() == "> B/bf16/T8 mixtura 2 ms 1.50 of the best peer 50% of the limit".split()
+    assert " ".join(said[0].split()) == "> B/bf16/T8 mixtura 2 ms 1.50 of the best peer 50% of the limit"
     assert not said[1].startswith(">")
     assert max(map(len, said)) <= 120
 

@@ -84,4 +84,4 @@ def limits(watch: Watch, *, wanted: Callable[[str], bool], rounds: int) -> Itera
 
 
 def _one(name: str, who: str, call: Any, amount: float, unit: str, watch: Watch, rounds: int) -> Case:
-    return Case(name, interleave([Here(who, call)], watch, rounds=rounds), unit, amount)
+    return Case(name, interleave([Here(who, call)], watch, rounds=rounds), unit, amount, beside=(who,))

@@ -46,7 +46,7 @@ def run_bench(
 
     Raises:
         UnknownNameError: if there is no such kind or peer.
-        OptionError: if no case matches, or a peer that was asked for is not set up.
+        OptionError: if no case matches, a peer that was asked for is not set up, or the path is a folder.
     """
     import torch
 
@@ -54,6 +54,8 @@ def run_bench(
         raise unknown_name("benchmark", kind, KINDS)
     if rounds < 1:
         raise OptionError(f"rounds must be at least 1, got {rounds}")
+    if path is not None and path.is_dir():
+        raise OptionError(f"the result must go to a file, got the folder {str(path)!r}")
     there = found_peers(peers_folder, peers)
     report = Report(kind, torch.get_num_threads(), path)
     shared = {"wanted": lambda name: fnmatch.fnmatchcase(name, cases), "rounds": rounds}
