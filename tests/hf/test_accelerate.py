@@ -8,39 +8,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 import mixtura
+from hf.decoders import MODELS, WIDE, decoded, generated, left, own
 from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError
-from mixtura.hf import convert
 from mixtura.hf.accelerate import acceleration, undo
 from mixtura.hf.growing_cache import GrowingLayer, grow
-from mixtura.nn import Experts, Mixture
+from mixtura.nn import Mixture
 from mixtura.nn.backends.native.library import instructions, use_instructions
 from mixtura.nn.backends.native.tape import read_bandwidth
-from mixtura.nn.mixture import FeedForward
-from mixtura.nn.routers.aux_loss_free_bias import AuxLossFreeRouter
-from mixtura.nn.routers.topk_softmax import TopKRouter
 from mixtura.traces.capture import capture
 from pico import pico, tokens
 from pico_native import native
 
-WIDE = {"hidden_size": 64, "head_dim": 16}
-NATIVE = {
-    "aria_text": {},
-    "dots1": {"n_group": 1},
-    "glm4_moe": {"n_group": 1, "partial_rotary_factor": 1.0},
-    "granitemoe": {},
-    "hy_v3": {},
-    "minimax_m2": {},
-    "qwen2_moe": {},
-    "qwen3_moe": {},
-}
-PICO = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {},
-    "olmoe": {},
-    "mixtral": {"sliding_window": None},
-}
 REFUSED = {
     "gpt2": ("positions of type None", {"n_embd": 64}),
     "native-ernie4_5_moe": ("logits are off by", {}),  # it rotates neighbors, not halves
@@ -50,61 +28,6 @@ REFUSED = {
     "phi": ("parts that a plan does not know", {}),
     "llama": ("multiple of 16 units, got 8", {"head_dim": 8}),
 }
-
-
-def own():
-    """A Llama with mixtures of ours: plain, with a shared expert, with a bias of the selection."""
-    torch.manual_seed(1)
-    biased = AuxLossFreeRouter(64, 4, k=2)
-    biased.selection_bias_E.copy_(torch.tensor([0.3, -0.3, 0.1, 0.0]))
-    return convert(
-        pico("llama", **WIDE),
-        {
-            0: Mixture(TopKRouter(64, 4, k=2), Experts(4, 64, 32)),
-            1: Mixture(TopKRouter(64, 4, k=1, bias=True, renormalize=None), Experts(4, 64, 24), FeedForward(64, 48)),
-            2: Mixture(biased, Experts(4, 64, 40, activation="gelu")),
-        },
-    ).eval()
-
-
-MODELS = {
-    **{name: lambda n=name, o=options: pico(n, **{**WIDE, **o}) for name, options in PICO.items()},
-    **{f"native-{name}": lambda n=name, o=options: native(n, **{**WIDE, **o}) for name, options in NATIVE.items()},
-    "own": own,
-}
-
-
-def padded(rows=2):
-    """Token ids with padding on the left, and their mask."""
-    ids, mask = tokens(rows, 9), torch.ones(rows, 9, dtype=torch.long)
-    mask[0, :3] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
-
-
-def generated(model, **options):
-    return model.generate(
-        **padded(), max_new_tokens=6, pad_token_id=0, eos_token_id=None, **{"do_sample": False, **options}
-    )
-
-
-@torch.no_grad()
-def decoded(model, ids, mask, cache=None):
-    """Logits of every token after the first two, one step each, (B, Q, V)."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    model(ids[:, :2], attention_mask=mask[:, :2], past_key_values=cache)
-    found = []
-    for t in range(2, ids.shape[1]):
-        place = mask[:, : t + 1].sum(1, keepdim=True) - 1
-        found.append(
-            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], position_ids=place, past_key_values=cache).logits
-        )
-    return torch.cat(found, 1)
-
-
-def left(rows, length, pads):
-    mask = torch.ones(rows, length, dtype=torch.long)
-    mask[0, :pads] = 0
-    return mask
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=list(MODELS))

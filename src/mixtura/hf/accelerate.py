@@ -24,6 +24,7 @@ from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError
 from mixtura.hf.decode_plan import DecodePlan
 from mixtura.hf.forward import is_listened_to
 from mixtura.hf.growing_cache import GrowingLayer, grow
+from mixtura.hf.quantizer import quantize_model
 from mixtura.hf.unchanged import Unchanged
 from mixtura.nn.backends.native.library import library
 from mixtura.nn.backends.native.tape import MAX_ROWS
@@ -42,14 +43,18 @@ _MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_log
 _PROBED = 8  # tokens
 
 
-def accelerate(model: Any) -> Any:
-    """Make generation fast on the CPU, in place; what is computed stays the same up to rounding.
+def accelerate(model: Any, *, bits: int | None = None, **options: Any) -> Any:
+    """Make generation fast on the CPU, in place; without ``bits`` what is computed stays the same up to rounding.
 
-    Nothing is packed or copied: weights can be saved, trained, merged and changed as before. ``undo`` takes it back.
+    Nothing is packed or copied: weights can be saved, trained, merged and changed as before. ``undo`` takes it back,
+    but for bits that were taken away.
 
     Args:
         model: causal language model of transformers or of the family, dense or with mixtures, on the CPU in float32 or
             bfloat16.
+        bits: 8 or 4 to quantize experts and linear layers first, but for routers and a head that is tied to the
+            embeddings; None leaves them as they are. A model that was loaded quantized stays so.
+        **options: of ``MixturaQuantizationConfig``.
 
     Returns:
         The model itself.
@@ -58,7 +63,9 @@ def accelerate(model: Any) -> Any:
         MixturaWarning: if decode steps cannot be run as a plan, with the reason; experts are fast all the same.
 
     Raises:
-        NotExpressibleError: if the library was not built, or the model is not on the CPU.
+        NotExpressibleError: if the library was not built, the model is not on the CPU, or it is quantized already and
+            ``bits`` are given.
+        OptionError: for an option that is not accepted; the model is as it was.
 
     Example:
         >>> mixtura.accelerate(model).generate(**batch)
@@ -68,6 +75,10 @@ def accelerate(model: Any) -> Any:
     devices = sorted({parameter.device.type for parameter in model.parameters()})
     if devices != ["cpu"]:
         raise NotExpressibleError(f"accelerate is for models on the CPU, got one on {', '.join(devices)}")
+    if options and bits is None:
+        raise OptionError(f"{', '.join(sorted(options))} need bits, 8 or 4")
+    if bits is not None:
+        quantize_model(model, **{"linears": True, **options, "bits": bits})
     if isinstance(model, _Accelerated):
         return model
     if hasattr(model, "set_experts_implementation"):

@@ -50,7 +50,7 @@ class DecodePlan:
     """
 
     def __init__(self, model: Any, rows: int, positions: int) -> None:
-        self.tape = Tape(decoder(model).embed_tokens.weight.dtype, rows)
+        self.tape = Tape(model.get_input_embeddings().weight.dtype, rows)
         self.rows = rows
         self._angles = _angles(model, max(positions, 1024))
         self._selections = layer_selections(model)

@@ -1,14 +1,16 @@
-"""The quantizer ``mixtura`` of transformers: the experts of any model with 8 or 4 bits, loaded, saved and loaded again.
+"""The quantizer ``mixtura`` of transformers: experts with 8 or 4 bits, loaded, saved and loaded again.
 
     AutoModelForCausalLM.from_pretrained(name, quantization_config=MixturaQuantizationConfig(bits=4))
 
 Importing this module registers it, so a folder that was saved so needs no option to be loaded: ``config.json`` names
-the quantizer, and codes and scales are read as they were written. Everything but the weights of experts stays as it is.
+the quantizer, and codes and scales are read as they were written. With ``linears=True`` linear layers are quantized,
+too, but for routers and a head that is tied to the embeddings; everything else stays as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,20 +22,24 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixtura.core.errors import NotExpressibleError, OptionError, unknown_name
+from mixtura.hf.native import ROUTER_NAMES
 from mixtura.nn.experts.quantization import Quantization
 from mixtura.nn.experts.quantized import QuantizedExperts, dequantize_experts, quantize_experts, quantize_stack
+from mixtura.nn.quantized_linear import QuantizedLinear, dequantize_linear, quantize_linear, quantize_matrix
 
 METHOD = "mixtura"
 _FIELDS = tuple(field.name for field in dataclasses.fields(Quantization))
+_OPTIONS = (*_FIELDS, "linears")
+_ROUTERS = (*ROUTER_NAMES, "shared_expert_gate")
 
 
 @register_quantization_config(METHOD)
 class MixturaQuantizationConfig(QuantizationConfigMixin):
-    """How experts are quantized; the fields of ``Quantization``, as transformers stores them.
+    """How weights are quantized; the fields of ``Quantization``, as transformers stores them, and what is quantized.
 
     Args:
         options: see ``mixtura.nn.experts.quantization.Quantization``: bits, group_size, zero_point, scale_dtype,
-            activation_bits.
+            activation_bits; and ``linears``, whether linear layers are quantized beside experts, by default False.
 
     Raises:
         OptionError: for a value that is not accepted.
@@ -42,11 +48,13 @@ class MixturaQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, **options: Any) -> None:
         for name in options:
-            if name not in (*_FIELDS, "quant_method"):
-                raise unknown_name("option of the quantizer", name, _FIELDS)
+            if name not in (*_OPTIONS, "quant_method"):
+                raise unknown_name("option of the quantizer", name, _OPTIONS)
         if options.pop("quant_method", METHOD) != METHOD:
             raise OptionError(f"quant_method must be {METHOD!r}")
-        self.quant_method = METHOD
+        self.quant_method, self.linears = METHOD, options.pop("linears", False)
+        if not isinstance(self.linears, bool):
+            raise OptionError(f"linears must be True or False, got {self.linears!r}")
         vars(self).update(dataclasses.asdict(Quantization(**options)))
 
     @property
@@ -71,22 +79,26 @@ class MixturaQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for experts in _experts(model):
-            quantize_experts(experts, self.quantization_config.quantization)
+        _quantize(model, self.quantization_config)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether a tensor that is being loaded is a weight of experts with all its bits."""
+        """Whether a tensor that is being loaded is a weight with all its bits."""
         place, _, name = param_name.rpartition(".")
-        experts = None if self.pre_quantized else model.get_submodule(place)
-        return isinstance(experts, QuantizedExperts) and name in experts.rows
+        module = None if self.pre_quantized else model.get_submodule(place)
+        if isinstance(module, QuantizedLinear):
+            return name == "weight"
+        return isinstance(module, QuantizedExperts) and name in module.rows
 
     def get_quantize_ops(self) -> ConversionOps:
         """What makes codes and scales of a weight."""
         return _Quantize()
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for experts in _experts(model):
-            dequantize_experts(experts, dtype or torch.float32)
+        for module in list(model.modules()):
+            if isinstance(module, QuantizedExperts):
+                dequantize_experts(module, dtype or torch.float32)
+            elif isinstance(module, QuantizedLinear):
+                dequantize_linear(module, dtype or torch.float32)
         return model
 
 
@@ -96,44 +108,58 @@ class _Quantize(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         """Codes, scales and zeros by their full names."""
         (weight,) = input_dict.values()
-        weight_ECD = weight[0] if isinstance(weight, list) else weight
+        weight = weight[0] if isinstance(weight, list) else weight
         place, _, name = full_layer_name.rpartition(".")
-        experts = model.get_submodule(place)
-        codes = quantize_stack(experts, name, weight_ECD, experts.quantization)
+        module = model.get_submodule(place)
+        if isinstance(module, QuantizedLinear):
+            codes = quantize_matrix(weight, module.quantization)
+        else:
+            codes = quantize_stack(module, name, weight, module.quantization)
         named = zip(("", "_scale", "_zero"), codes, strict=True)
         return {full_layer_name + suffix: tensor for suffix, tensor in named if tensor is not None}
 
 
 def quantize_model(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    """Quantize the experts of a model in memory, layer by layer and in place; it can be saved like a loaded one.
+    """Quantize a model in memory, module by module and in place; it can be saved like a loaded one.
 
     Args:
         model: of transformers or of the family, with all its bits.
         options: see ``MixturaQuantizationConfig``.
 
     Raises:
-        NotExpressibleError: if it has no stacked experts, or is quantized already.
+        NotExpressibleError: if it has nothing to quantize, or is quantized already.
         OptionError: for an option that is not accepted; the model is as it was.
     """
     config = MixturaQuantizationConfig(**options)
     if getattr(model, "is_quantized", False):
         raise NotExpressibleError(f"the model is quantized already, by {model.quantization_method!r}")
-    for experts in _experts(model):
-        quantize_experts(experts, config.quantization)
+    _quantize(model, config)
     model.hf_quantizer = MixturaQuantizer(config, pre_quantized=False)
     model.is_quantized, model.quantization_method = True, METHOD
     model.hf_quantizer.postprocess_model(model)
     return model
 
 
-def _experts(model: nn.Module) -> list[nn.Module]:
-    """All stacked experts, ours and transformers'."""
-    found = [module for module in model.modules() if _is_stacked(module)]
-    if not found:
-        raise NotExpressibleError(f"{type(model).__name__} has no stacked experts to quantize")
-    return found
+def _quantize(model: PreTrainedModel, config: MixturaQuantizationConfig) -> None:
+    """Give all stacked experts, ours and transformers', and if asked for linear layers their new form."""
+    experts = [module for module in model.modules() if _is_stacked(module)]
+    linears = list(_linears(model)) if config.linears else []
+    if not experts and not linears:
+        wanted = "stacked experts" + (" and no linear layers" if config.linears else "")
+        raise NotExpressibleError(f"{type(model).__name__} has no {wanted} to quantize")
+    for module in experts:
+        quantize_experts(module, config.quantization)
+    for linear in linears:
+        quantize_linear(linear, config.quantization)
 
 
 def _is_stacked(module: nn.Module) -> bool:
     down = module._parameters.get("down_proj")
     return "has_gate" in vars(module) and down is not None and down.ndim == 3
+
+
+def _linears(model: PreTrainedModel) -> Iterator[nn.Linear]:
+    tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not tied and name.rpartition(".")[2] not in _ROUTERS:
+            yield module

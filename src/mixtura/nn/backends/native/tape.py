@@ -372,6 +372,8 @@ def few_bits_product(linear: FewBits, x_TK: torch.Tensor) -> torch.Tensor:
     """x_TK times the transposed weight, plus the bias; (T, N) in the type of x."""
     outs = []
     for x_BK in x_TK.contiguous().split(MAX_ROWS):  # type: ignore[no-untyped-call]
+        if not len(x_BK):
+            continue
         tape = Tape(x_TK.dtype, len(x_BK))
         (out_BN,) = tape.linears(x_BK, None, [linear])
         tape.run(1)
