@@ -61,8 +61,8 @@ def test_every_way_to_compute_gives_the_same(kind, columns):
 
 def test_pooled_moments_know_priors_noise_and_links():
     X, _ = rows()
-    for given in ({"prior": NIW()}, {"noise_component": True}, {"constraints": MustLink([[0, 1]])}, {"reg_covar": 2.0}):
-        options = {"covariance": "EEE", "tol": 0, "max_iter": 6, "init": responsibilities(), **given}
+    for extra in ({"prior": NIW()}, {"noise_component": True}, {"constraints": MustLink([[0, 1]])}, {"reg_covar": 2.0}):
+        options = {"covariance": "EEE", "tol": 0, "max_iter": 6, "init": responsibilities(), **extra}
         found = [GaussianMixture(3, algorithm=name, **options).fit(X) for name in ("auto", "cholesky")]
         same(*found, rtol=1e-9)
         np.testing.assert_allclose(found[0].lower_bounds_, found[1].lower_bounds_, rtol=1e-10)

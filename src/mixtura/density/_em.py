@@ -192,3 +192,9 @@ def fill_means(rows: Rows) -> Rows:
         return rows
     data_ND = np.where(np.isnan(rows.data_ND), rows.frame.shift_D.astype(rows.data_ND.dtype), rows.data_ND)
     return replace(rows, data_ND=data_ND)
+
+
+def data_moments(rows: Rows) -> tuple[Floats, Floats]:
+    """Mean (D,) and covariance (D, D) of the rows; missing values count as the means of their columns."""
+    one = moments_of(fill_means(rows), np.zeros(rows.N, np.intp), 1, diagonal=False)
+    return one.reference_KD[0], one.second[0] / max(one.weight - 1, 1.0)  # as mclust's default has it

@@ -17,7 +17,7 @@ from sklearn.utils import check_random_state
 from mixtura.core.errors import MixturaWarning, OptionError
 from mixtura.density._base import MixtureBase
 from mixtura.density._checks import check_number, check_rows, check_whole_number
-from mixtura.density._em import Fit, climb, fill_means, moments_of
+from mixtura.density._em import Fit, climb
 from mixtura.density._rows import Rows
 from mixtura.density._statistics import Statistics
 from mixtura.density._streaming import Stream
@@ -197,9 +197,3 @@ class Fitting(MixtureBase):
         self._set_state(fit.parameters)
         self.n_iter_, self.converged_ = fit.n_iter, fit.converged
         self.lower_bound_, self.lower_bounds_ = fit.lower_bound, fit.lower_bounds
-
-
-def data_moments(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and covariance (D, D) of the rows; missing values count as the means of their columns."""
-    one = moments_of(fill_means(rows), np.zeros(rows.N, np.intp), 1, diagonal=False)
-    return one.reference_KD[0], one.second[0] / max(one.weight - 1, 1.0)  # as mclust's default has it

@@ -5,6 +5,7 @@ Known labels are kept: a class that has labelled rows starts at their mean, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import AgglomerativeClustering, KMeans, kmeans_plusplus
 
 from mixtura.core.errors import OptionError, ShapeError
-from mixtura.density._em import fill_means
+from mixtura.density._em import data_moments, fill_means
 from mixtura.density._rows import Rows
 
 Floats = NDArray[np.floating]
@@ -34,12 +35,12 @@ def start(init: Any, rows: Rows, K: int, rng: np.random.RandomState) -> NDArray[
         raise OptionError(f"init must be one of {', '.join(NAMES)}, or responsibilities, got {init!r}")
     if K == 1:
         return np.zeros(rows.N, np.intp)
-    rows = fill_means(rows)
     if init == "random":
         shares_NK = rng.uniform(size=(rows.N, K)) + np.finfo(float).tiny
         return keep_labels(shares_NK / shares_NK.sum(1, keepdims=True), rows.labels)
-    data_ND = whiten(rows) if init != "kmeans" else rows.data_ND - rows.frame.shift_D
-    components_N = (hierarchy if init == "hierarchical" else kmeans)(data_ND, rows, K, rng)
+    rows = fill_means(rows)
+    axes = np.eye(rows.D) if init == "kmeans" else whitening(rows)
+    components_N = (hierarchy if init == "hierarchical" else kmeans)(rows, axes, K, rng)
     return keep_labels(components_N, rows.labels)
 
 
@@ -80,27 +81,36 @@ def keep_labels(given: NDArray[Any], labels: NDArray[Any] | None) -> NDArray[Any
     return product_NK / product_NK.sum(1, keepdims=True)
 
 
-def whiten(rows: Rows) -> Floats:
-    """Rows on their principal axes, each of variance 1; axes without variance are left out."""
-    centered_ND = (rows.data_ND - rows.frame.shift_D) / rows.frame.scale_D
-    weights_N = np.ones(rows.N) if rows.weights_N is None else rows.weights_N
-    centered_ND = centered_ND - weights_N @ centered_ND / weights_N.sum()
-    covariance_DD = (centered_ND * weights_N[:, None]).T @ centered_ND / weights_N.sum()
-    values_D, axes_DD = np.linalg.eigh(covariance_DD)
+def whitening(rows: Rows) -> Floats:
+    """Axes (D, A) on which rows have variance 1; those without variance are left out."""
+    scale_D = rows.frame.scale_D
+    _, covariance_DD = data_moments(rows)
+    values_D, turns_DD = np.linalg.eigh(covariance_DD / np.outer(scale_D, scale_D))
     kept_D = values_D > 1e-10 * max(values_D[-1], np.finfo(float).tiny)
-    return centered_ND @ (axes_DD[:, kept_D] / np.sqrt(values_D[kept_D]))
+    return turns_DD[:, kept_D] / np.sqrt(values_D[kept_D]) / scale_D[:, None]
 
 
-def kmeans(data_ND: Floats, rows: Rows, K: int, rng: np.random.RandomState) -> NDArray[np.intp]:
+def _on_axes(rows: Rows, part: Any, axes_DA: Floats) -> Floats:
+    """Some of the rows, less their mean, on other axes."""
+    return (rows.data_ND[part] - rows.frame.shift_D) @ axes_DA
+
+
+def _everywhere(rows: Rows, axes_DA: Floats, nearest: Callable[[Floats], NDArray[np.intp]]) -> NDArray[np.intp]:
+    """What is nearest to each row, chunk by chunk."""
+    out_N = np.empty(rows.N, np.intp)
+    for part in rows.slices(2 * rows.D + axes_DA.shape[1]):
+        out_N[part] = nearest(_on_axes(rows, part, axes_DA))
+    return out_N
+
+
+def kmeans(rows: Rows, axes_DA: Floats, K: int, rng: np.random.RandomState) -> NDArray[np.intp]:
     """Clusters of weighted k-means on distinct rows, so that a row twice and a row of weight 2 are the same."""
     index = np.arange(rows.N) if rows.N <= SUBSET else np.sort(rng.choice(rows.N, SUBSET, replace=False))
-    points_PD, weights_P, _ = distinct(data_ND[index], None if rows.weights_N is None else rows.weights_N[index], K)
-    seeds_KD = _seeds(data_ND, rows.labels, points_PD, weights_P, K, rng)
-    model = KMeans(K, init=seeds_KD, n_init=1, random_state=rng).fit(points_PD, sample_weight=weights_P)
-    out_N = np.empty(rows.N, np.intp)
-    for part in rows.slices(rows.D + K):
-        out_N[part] = model.predict(np.ascontiguousarray(data_ND[part], dtype=points_PD.dtype))
-    return out_N
+    weights_N = None if rows.weights_N is None else rows.weights_N[index]
+    points_PA, weights_P, _ = distinct(_on_axes(rows, index, axes_DA), weights_N, K)
+    seeds_KA = _seeds(rows, axes_DA, points_PA, weights_P, K, rng)
+    model = KMeans(K, init=seeds_KA, n_init=1, random_state=rng).fit(points_PA, sample_weight=weights_P)
+    return _everywhere(rows, axes_DA, model.predict)
 
 
 def distinct(data_ND: Floats, weights_N: Floats | None, K: int) -> tuple[Floats, Floats, NDArray[np.intp]]:
@@ -116,19 +126,14 @@ def distinct(data_ND: Floats, weights_N: Floats | None, K: int) -> tuple[Floats,
 
 
 def _seeds(
-    data_ND: Floats,
-    labels: NDArray[Any] | None,
-    points_PD: Floats,
-    weights_P: Floats,
-    K: int,
-    rng: np.random.RandomState,
+    rows: Rows, axes_DA: Floats, points_PD: Floats, weights_P: Floats, K: int, rng: np.random.RandomState
 ) -> Floats:
     """Means of labelled classes, and k-means++ for the other components, which go on from those."""
-    known = {}
+    known, labels = {}, rows.labels
     if labels is not None and labels.ndim == 2:
         labels = np.where(labels.max(1) > 0.5 * labels.sum(1), labels.argmax(1), -1)
     if labels is not None:
-        known = {k: data_ND[labels == k].mean(0) for k in np.unique(labels[labels >= 0])}
+        known = {k: _on_axes(rows, labels == k, axes_DA).mean(0) for k in np.unique(labels[labels >= 0])}
     if not known:
         return kmeans_plusplus(points_PD, K, sample_weight=weights_P, random_state=rng)[0]
     seeds = list(known.values())
@@ -140,14 +145,11 @@ def _seeds(
     return np.stack([known[k] if k in known else next(free) for k in range(K)])
 
 
-def hierarchy(data_ND: Floats, rows: Rows, K: int, rng: np.random.RandomState) -> NDArray[np.intp]:
+def hierarchy(rows: Rows, axes_DA: Floats, K: int, rng: np.random.RandomState) -> NDArray[np.intp]:
     """Groups of Ward's agglomeration of at most 2000 rows; the others go to the nearest group mean."""
     index = np.arange(rows.N) if rows.N <= HIERARCHY else np.sort(rng.choice(rows.N, HIERARCHY, replace=False))
-    points_PD, _, _ = distinct(data_ND[index], None, K)
-    groups_P = AgglomerativeClustering(K, linkage="ward").fit_predict(points_PD)
-    centers_KD = np.stack([points_PD[groups_P == k].mean(0) for k in range(K)])
-    out_N = np.empty(rows.N, np.intp)
-    for part in rows.slices(rows.D + K):
-        x_MD = data_ND[part]
-        out_N[part] = ((centers_KD**2).sum(1) - 2 * x_MD @ centers_KD.T).argmin(1)
-    return out_N
+    points_PA, _, _ = distinct(_on_axes(rows, index, axes_DA), None, K)
+    groups_P = AgglomerativeClustering(K, linkage="ward").fit_predict(points_PA)
+    centers_KA = np.stack([points_PA[groups_P == k].mean(0) for k in range(K)])
+    squares_K = (centers_KA**2).sum(1)
+    return _everywhere(rows, axes_DA, lambda x_MA: (squares_K - 2 * x_MA @ centers_KA.T).argmin(1))

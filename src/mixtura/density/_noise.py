@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mixtura.core.errors import OptionError
-from mixtura.density._em import fill_means
+from mixtura.density._em import data_moments, fill_means
 from mixtura.density._rows import Rows
 
 FIRST_WEIGHT = 0.05
@@ -17,10 +19,15 @@ def log_uniform_density(rows: Rows) -> float:
     Raises:
         OptionError: if the data have no volume.
     """
-    data_ND = fill_means(rows).data_ND - rows.frame.shift_D
-    _, axes_DD = np.linalg.eigh(np.cov(data_ND.T).reshape(rows.D, rows.D))
+    rows = fill_means(rows)
+    _, axes_DD = np.linalg.eigh(data_moments(replace(rows, weights_N=None))[1])
+    both_DA = np.hstack([np.eye(rows.D), axes_DD])
+    low_A, high_A = np.full(2 * rows.D, np.inf), np.full(2 * rows.D, -np.inf)
+    for part in rows.slices(4 * rows.D):
+        values_MA = (rows.data_ND[part] - rows.frame.shift_D) @ both_DA
+        low_A, high_A = np.minimum(low_A, values_MA.min(0)), np.maximum(high_A, values_MA.max(0))
     with np.errstate(divide="ignore"):
-        log_volume = min(np.log(np.ptp(box_ND, axis=0)).sum() for box_ND in (data_ND, data_ND @ axes_DD))
+        log_volume = np.log(high_A - low_A).reshape(2, rows.D).sum(1).min()
     if not np.isfinite(log_volume):
         raise OptionError("noise_component needs data with a volume: a column of X is constant or depends on others")
     return -float(log_volume)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from mixtura.core.errors import OptionError
 from mixtura.density import _init
 from mixtura.density._checks import check_number
-from mixtura.density._em import expectation, fill_means, moments_of
+from mixtura.density._em import data_moments, expectation, fill_means, moments_of
 from mixtura.density._files import Saved
-from mixtura.density._fitting import Fitting, data_moments
+from mixtura.density._fitting import Fitting
 from mixtura.density._parameters import Scores, cholesky_factors
 from mixtura.density._queries import Queries
 from mixtura.density._rows import Rows

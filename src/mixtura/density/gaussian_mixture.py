@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from mixtura.core.errors import OptionError
 from mixtura.density import _init
 from mixtura.density._checks import check_number
-from mixtura.density._em import Fit, expectation, fill_means, moments_of
+from mixtura.density._em import Fit, data_moments, expectation, fill_means, moments_of
 from mixtura.density._exchange import Exchange
 from mixtura.density._files import Saved
-from mixtura.density._fitting import Fitting, data_moments
+from mixtura.density._fitting import Fitting
 from mixtura.density._maximize import Model, maximize
 from mixtura.density._noise import FIRST_WEIGHT, log_uniform_density
 from mixtura.density._parameters import Parameters, safe_log, scores_of

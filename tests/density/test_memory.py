@@ -1,0 +1,59 @@
+"""What fitting needs beside the data: chunks, and one number a row for the start."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from density.tables import rows
+from mixtura.density import BayesianGaussianMixture, GaussianMixture
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+X, _ = rows(150_000, 8)
+
+
+def peak(work):
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4"])
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        GaussianMixture(3, random_state=0),
+        GaussianMixture(3, covariance="diag", init="whitened-kmeans", random_state=0),
+        GaussianMixture(3, covariance="tied", init="hierarchical", noise_component=True, random_state=0),
+        BayesianGaussianMixture(3, random_state=0),
+    ],
+    ids=["full", "diag", "tied with noise", "bayesian"],
+)
+def test_a_row_more_needs_less_than_itself(mixture, dtype):
+    """The start sees 50,000 rows at most; what grows with the rows is the number of a component, and a flag."""
+    data = X.astype(dtype)
+    few, many = (peak(lambda part=part: mixture.set_params(max_iter=2).fit(part)) for part in (data[:75_000], data))
+    assert many - few < 24 * 75_000 < 0.8 * data[:75_000].nbytes
+
+
+def test_scores_need_only_what_they_return():
+    fitted = GaussianMixture(3, max_iter=2, random_state=0).fit(X[:5000])
+    assert peak(lambda: fitted.score_samples(X)) < 8 * len(X) + 4_000_000
+
+
+def test_a_file_is_read_in_batches_and_never_whole(tmp_path):
+    np.save(tmp_path / "rows.npy", X)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    stream = GaussianMixture(3, random_state=0)
+
+    def work():
+        for start in range(0, len(mapped), 10_000):
+            stream.partial_fit(mapped[start : start + 10_000])
+
+    assert peak(work) < 0.6 * X.nbytes
+    assert stream.weight_seen_ == len(X)
+    whole = GaussianMixture(3, random_state=0, tol=1e-7).fit(mapped)
+    assert whole.score(X) - stream.score(X) < 0.01
