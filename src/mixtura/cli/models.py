@@ -1,4 +1,4 @@
-"""Commands from a model to a model: ``upcycle``, ``install``, ``export``; and ``generate``."""
+"""Commands from a model to a model: ``upcycle``, ``install``, ``quantize``, ``export``; and ``generate``."""
 
 from __future__ import annotations
 
@@ -97,6 +97,41 @@ def install(
     show(receipt, as_json=as_json, lines=lines)
 
 
+def quantize(
+    model: Model,
+    out: Out,
+    bits: Annotated[int, typer.Option(help="8 or 4.")] = 8,
+    option: Annotated[
+        list[str], typer.Option(help="NAME=VALUE: group_size, zero_point, scale_dtype, activation_bits, linears.")
+    ] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Take bits away from experts and linear layers, with a receipt of what changed.
+
+    What is written loads by transformers after import mixtura.hf, and is fast on a CPU.
+
+    Example: mixtura quantize runs/demo/mixture out --bits 4 --option group_size=64
+    """
+    from mixtura.core.files import check_new_folder
+    from mixtura.hf.load import load_model
+    from mixtura.hf.quantizer import MixturaQuantizationConfig
+    from mixtura.hf.save import save_model
+    from mixtura.surgery.quantize import quantize as run
+
+    options = key_values(option)
+    MixturaQuantizationConfig(bits=bits, **options)
+    check_new_folder(out)
+    loaded, tokenizer = load_model(model)
+    made, receipt = run(loaded, bits=bits, **options)
+    chosen = "".join(f" --option {pair}" for pair in option)
+    command = f"mixtura quantize {model} {out.name} --bits {bits}{chosen}"
+    save_model(made, out, tokenizer=tokenizer, parents=(model,), receipts={"quantize": receipt}, command=command)
+    before, after = (receipt["bytes"][name] / 1e6 for name in ("before", "after"))
+    difference = receipt["max_logit_difference"]
+    lines = f"{out}: {before:.1f} -> {after:.1f} MB, largest difference of a logit {difference:.1e}"
+    show(receipt, as_json=as_json, lines=lines)
+
+
 def export(
     model: Model,
     out: Annotated[Path | None, typer.Argument(help="New or empty folder; none with --check.")] = None,
@@ -147,5 +182,5 @@ def generate(
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (upcycle, install, export, generate):
+    for command in (upcycle, install, quantize, export, generate):
         app.command()(command)
