@@ -47,7 +47,8 @@ class Layer:
         return {{"versions": {{"zentorch": "made up"}}}}
 
     def case(self, name):
-        hidden, indices, weights = (tensor(self.folder, f"{{name}}-{{p}}") for p in ("hidden", "indices", "weights"))
+        hidden, indices, logits = (tensor(self.folder, f"{{name}}-{{p}}") for p in ("hidden", "indices", "logits"))
+        weights = logits.gather(1, indices).softmax(-1)  # as an operator does that selects by itself
         def out(factor):
             made = torch.zeros(hidden.shape)
             for t, row in enumerate(indices.tolist()):

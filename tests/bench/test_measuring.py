@@ -69,6 +69,12 @@ def test_short_runs_come_in_bursts_and_the_first_of_each_does_not_count():
     assert outcome.timings["a"] == Timing(pytest.approx(0.01), 0, 3)
 
 
+def test_a_single_run_of_a_burst_is_warm_too():
+    world = World()
+    outcome = interleave([Fake("a", world, *[0.01] * 4, *[0.1, 0.01] * 3)], world.watch(), rounds=3, burst=0.01)
+    assert outcome.timings["a"] == Timing(pytest.approx(0.01), 0, 3)
+
+
 def test_rounds_that_others_disturb_do_not_count():
     world = World(foreign=lambda now: 1.0 if 3 < now < 6 else 0.0)
     outcome = interleave([Fake("a", world, 1)], world.watch(patience=0), rounds=4)
@@ -166,9 +172,20 @@ def test_the_lock_is_shared_while_preparing_and_held_alone_while_timing(tmp_path
     with world.watch(lock=path) as watch:
         assert free(path) == [True, False]
         interleave([Looks("a", world, 1)], watch, rounds=2)
+        assert free(path) == [False, False]
+        watch.release()
         assert free(path) == [True, False]
     assert free(path) == [True, True]
     assert seen == [[True, False], [False, False], [False, False]]
+
+
+def test_others_get_the_lock_after_a_minute(tmp_path):
+    path, world = tmp_path / "lock", World()
+    taken = []
+    with world.watch(lock=path) as watch:
+        watch.release = lambda release=watch.release: (taken.append(world.now), release())
+        interleave([Fake("a", world, 25)], watch, rounds=6)
+    assert [round(now) for now in taken] == [101]  # after three rounds; the other three fit too
 
 
 def test_the_lock_is_given_back_when_a_round_breaks(tmp_path):

@@ -84,6 +84,15 @@ def test_a_worker_is_gone_after_the_block(tmp_path, one):
         os.kill(one.pid, 0)
 
 
+def test_a_worker_that_hangs_is_ended_too(tmp_path, monkeypatch):
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(100)")
+    monkeypatch.setattr(peers, "_WORKERS", tmp_path)
+    with worker(PYTHON, "hangs", 1) as made:
+        made.close(patience=0.01)
+    with pytest.raises(ProcessLookupError):
+        os.kill(made.pid, 0)
+
+
 def environment(folder, name):
     (folder / name / "bin").mkdir(parents=True)
     (folder / name / "bin" / "python").touch()

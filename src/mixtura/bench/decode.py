@@ -79,6 +79,7 @@ def decode(
 
 
 def _case(contest: Contest, accelerated: Any, name: str, L: int, B: int, watch: Watch, rounds: int, read: Read) -> Case:
+    watch.release()
     generator = torch.Generator().manual_seed(L + B)
     vocabulary = contest.model.config.vocab_size
     prompts_BL = torch.randint(0, vocabulary, (B, L), generator=generator)

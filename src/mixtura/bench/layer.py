@@ -55,6 +55,7 @@ def layer(
             names = {f"{shape_name}/{dtype_name}/T{T}": T for T in tokens}
             names = {name: T for name, T in names.items() if wanted(name)}
             if names:
+                watch.release()
                 with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
                     arena = _Arena(Path(folder), shape, dtype, read_bytes)
                     arena.invite(peers, watch, stack)

@@ -168,7 +168,7 @@ class Watch:
         return self._foreign() or (lambda: None)
 
     def release(self) -> None:
-        """Share the lock again."""
+        """Share the lock again; to be called before what takes long and is not timed."""
         if self._file is not None and self._alone_since is not None:
             fcntl.flock(self._file, fcntl.LOCK_UN)
             fcntl.flock(self._file, fcntl.LOCK_SH)
@@ -211,7 +211,7 @@ def interleave(
     Args:
         contestants: with names of their own.
         watch: over the machine.
-        rounds: that are to count; as many again are tried while others disturb.
+        rounds: that are to count; as many again are tried while others disturb. The watch keeps its lock after them.
         burst: seconds of a contestant in a round, if one run is shorter.
     """
     failed: dict[str, str] = {}
@@ -223,8 +223,9 @@ def interleave(
             running = [one for one in contestants if one.who not in failed]
             seconds = {one.who: _burst(one, *runs[one.who], watch, failed) for one in running}
             taken.append((foreign(), seconds))
-    finally:
+    except BaseException:
         watch.release()
+        raise
     good = [(foreign, seconds) for foreign, seconds in taken if _undisturbed(foreign)]
     counted = good if len(good) >= rounds else taken
     known = [foreign for foreign, _ in counted if foreign is not None]

@@ -100,14 +100,14 @@ class Worker:
             raise PeerError(answer["error"])
         return answer
 
-    def close(self) -> None:
-        """End it."""
+    def close(self, patience: float = 5.0) -> None:
+        """End it; by force if it has not ended after so many seconds."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
         try:
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

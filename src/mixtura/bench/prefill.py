@@ -56,6 +56,7 @@ def prefill(
 
 
 def _case(contest: Contest, accelerated: Any, name: str, L: int, watch: Watch, rounds: int) -> Case:
+    watch.release()
     model = contest.model
     prompts_1L = torch.randint(0, model.config.vocab_size, (1, L), generator=torch.Generator().manual_seed(L))
     models = {"transformers": model} | ({"mixtura": accelerated} if accelerated is not None else {})

@@ -57,6 +57,7 @@ def train(
         "small/bf16-weights": (torch.bfloat16, False),
     }.items():
         if wanted(name):
+            watch.release()
             steps = {who: Step(model, ids, autocast) for who, model in _models(shape, experts, dtype).items()}
             losses = {who: step() for who, step in steps.items() if who != TWIN}
             product = Product(DTYPES["bf16" if "bf16" in name else "fp32"])
