@@ -13,13 +13,7 @@
 namespace MIXTURA_ISA {
 
 constexpr i64 PANEL = 16, BLOCK_INPUTS = 32;  // rows of weights that lie side by side; inputs that have one scale
-#ifndef MIXTURA_STREAM
-#define MIXTURA_STREAM 4096
-#endif
-#ifndef MIXTURA_START
-#define MIXTURA_START 2048
-#endif
-constexpr i64 STREAM = MIXTURA_STREAM, START = MIXTURA_START;  // bytes of weights that are fetched ahead of their use
+constexpr i64 STREAM = 4096;                  // bytes of weights that are fetched ahead of their use
 constexpr int NV = PANEL / W;                 // vectors that hold one number for each row of a panel
 
 inline i64 blocks_of(i64 K) { return (K + BLOCK_INPUTS - 1) / BLOCK_INPUTS; }
@@ -30,31 +24,55 @@ inline i64 panels_of(i64 N) { return (N + PANEL - 1) / PANEL; }
 template <class A> struct Block {
   A values[BLOCK_INPUTS];
   float scale;
-  int32_t sum;
+  int32_t start;  // of a sum of products: what codes of 0 add up to, or minus the sum of values if those differ
 };
 
-template <class A> inline int place(int i) { return i; }
-template <> inline int place<int16_t>(int i) { return (i & ~3) | (i & 1) << 1 | (i & 2) >> 1; }
+template <std::size_t... I> inline Vi swap(Vi v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, ((I & ~3) | (I & 1) << 1 | (I & 2) >> 1)...);
+}
 
-// Rounds 32 floats. What is not finite makes the scale, and so all that it is multiplied with, NaN.
-template <class A> void round_block(const float *x, float levels, Block<A> &block) {
+inline void store_values(int8_t *p, Vi v) {
+  typedef int8_t Narrow __attribute__((vector_size(W)));
+  const Narrow narrow = __builtin_convertvector(v, Narrow);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+inline void store_values(int16_t *p, Vi v) {
+  typedef int16_t Narrow __attribute__((vector_size(2 * W)));
+  const Narrow narrow = __builtin_convertvector(swap(v, std::make_index_sequence<W>{}), Narrow);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+template <int B, class X, std::size_t... I> inline X turn(X v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, (I ^ B)...);
+}
+// f over all lanes, in the first one.
+template <class X, class F, int B = W / 2> inline auto across(X v, F f) {
+  if constexpr (B == 0)
+    return v[0];
+  else
+    return across<X, F, B / 2>(f(v, turn<B>(v, std::make_index_sequence<W>{})), f);
+}
+
+// Rounds 32 floats; start is minus their sum, times 2^shift. What is not finite makes the scale, and so all that it is
+// multiplied with, NaN.
+template <class A> void round_block(const float *x, float levels, int shift, Block<A> &block) {
   V largest = {}, finite = {};
   for (int i = 0; i < BLOCK_INPUTS; i += W) {
     const V v = load(x + i);
     largest = max(max(v, -v), largest);
     finite += v * 0.f;
   }
-  float most = 0, zero = 0;
-  for (int i = 0; i < W; i++) most = largest[i] > most ? largest[i] : most, zero += finite[i];
+  const auto add = [](auto a, auto b) { return a + b; };
+  const float most = across(largest, [](V a, V b) { return max(a, b); });
   const float factor = most > 1e-30f ? levels / most : 0.f;
-  block.scale = most / levels + zero, block.sum = 0;
   Vi sum = {};
   for (int i = 0; i < BLOCK_INPUTS; i += W) {
     const Vi whole = (Vi)(load(x + i) * factor + 12582912.f) - 0x4b400000;
     sum += whole;
-    for (int j = 0; j < W; j++) block.values[place<A>(i + j)] = (A)whole[j];
+    store_values(block.values + i, whole);
   }
-  for (int i = 0; i < W; i++) block.sum += sum[i];
+  block.scale = most / levels + across(finite, add);
+  block.start = -across(sum, add) * (1 << shift);
 }
 
 // sum + the products of two codes, spread to 16 bits, with two inputs.
@@ -94,9 +112,13 @@ template <> struct Quad<int8_t> {
 #endif
 
 inline V load_half(const uint16_t *p) {  // finite ones
+#if MIXTURA_LANES == 16
+  return (V)_mm512_cvtph_ps(load_as<__m256i>(p));
+#else
   const Vu bits = __builtin_convertvector(load_as<Vh>(p), Vu);
   const V size = (V)((bits & 0x7fff) << 13) * 0x1p112f;
   return (V)((Vu)size | (bits & 0x8000) << 16);
+#endif
 }
 
 // The weights of one projection of one expert.
@@ -138,14 +160,6 @@ template <int BITS> struct Codes {
     }
   }
 
-  // Fetches where a panel begins, so that memory does not wait when one stream of weights follows another.
-  void begin(i64 panel) const {
-    const char *code = (const char *)codes + panel * blocks_of(K) * BYTES;
-    const char *scale = scales + panel * groups() * PANEL * (half_scales ? 2 : 4);
-    for (i64 i = 0; i < START; i += 64) __builtin_prefetch(code + i, 0, 2);
-    for (i64 i = 0; i < START * 32 * (half_scales ? 2 : 4) / (BYTES * 2 * group); i += 64) __builtin_prefetch(scale + i, 0, 2);
-  }
-
   V scale(i64 at) const {
     return half_scales ? load_half((const uint16_t *)scales + at) : load((const float *)scales + at);
   }
@@ -171,7 +185,7 @@ template <int BITS> struct Codes {
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
           for (int v = 0; v < NV; v++)
-            sum[m * NV + v] = Vi{} - (ZEROS ? zeros[v] * a[m][b].sum : Vi{} + (a[m][b].sum << (BITS - 1)));
+            sum[m * NV + v] = ZEROS ? zeros[v] * a[m][b].start : Vi{} + a[m][b].start;
         dots<A, M>(block, a, b, sum);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
@@ -191,7 +205,7 @@ template <int BITS> struct Codes {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) {
         const uint8_t *at = block + i * PANEL * BITS / 8 + v * 4 * W;
-        if (M <= 4) __builtin_prefetch(at + STREAM, 0, 2);
+        __builtin_prefetch(at + STREAM, 0, 2);
         const Vi bytes = load_as<Vi>(at);
 #pragma GCC unroll 2
         for (int half = 0; half < 8 / BITS; half++) {
@@ -214,12 +228,18 @@ template <class T, int BITS, class A> struct QuantizedCall {
   Block<A> *tokens(i64 t) const { return (Block<A> *)plan.rounded + t * blocks_of(D); }
   Block<A> *inner(i64 s) const { return (Block<A> *)plan.inner + s * blocks_of(F); }
 
+  void round(const float *x, const mixtura_codes &codes, Block<A> &block) const {
+    round_block(x, (float)q.levels, codes.zeros ? 0 : BITS - 1, block);
+  }
+
   void round_token(i64 t) const {
     const T *x = (const T *)plan.hidden + t * D;
     for (i64 d = 0; d < D; d += BLOCK_INPUTS) {
       float wide[BLOCK_INPUTS] = {};
-      for (i64 i = 0; i < least(BLOCK_INPUTS, D - d); i++) wide[i] = load1(x + d + i);
-      round_block(wide, (float)q.levels, tokens(t)[d / BLOCK_INPUTS]);
+      const i64 n = least(BLOCK_INPUTS, D - d), whole = n / W * W;
+      for (i64 i = 0; i < whole; i += W) store(wide + i, load(x + d + i));
+      for (i64 i = whole; i < n; i++) wide[i] = load1(x + d + i);
+      round(wide, q.first, tokens(t)[d / BLOCK_INPUTS]);
     }
   }
 
@@ -243,7 +263,6 @@ template <class T, int BITS, class A> struct QuantizedCall {
   void units(const Codes<BITS> &codes, i64 x, const Block<A> *const *a, i64 M, i64 from, i64 to, i64 s) const {
     float gate[UNITS / PANEL][TILE][PANEL], up[UNITS / PANEL][TILE][PANEL], unit[TILE][UNITS] = {};
     const i64 first = from / PANEL, n = panels_of(to) - first;
-    if (e.gated) codes.begin(width + first);
     for (i64 p = 0; p < n; p++) codes(first + p, a, M, gate[p]);
     if (e.gated)
       for (i64 p = 0; p < n; p++) codes(width + first + p, a, M, up[p]);
@@ -256,7 +275,7 @@ template <class T, int BITS, class A> struct QuantizedCall {
         }
     }
     for (i64 f = from; f < to; f += BLOCK_INPUTS)
-      for (i64 m = 0; m < M; m++) round_block(unit[m] + f - from, (float)q.levels, inner(s + m)[f / BLOCK_INPUTS]);
+      for (i64 m = 0; m < M; m++) round(unit[m] + f - from, q.down, inner(s + m)[f / BLOCK_INPUTS]);
   }
 
   void add_bias(i64 x, i64 p, i64 M, float (*gate)[PANEL], float (*up)[PANEL]) const {
@@ -277,7 +296,6 @@ template <class T, int BITS, class A> struct QuantizedCall {
     for (i64 i = 0; i < plan.num_active; i++) {
       const i64 x = plan.active[i], end = plan.first[x + 1];
       const Codes<BITS> codes(q.down, q, x, height, F);
-      if (i + 1 < plan.num_active) Codes<BITS>(q.down, q, plan.active[i + 1], height, F).begin(from / PANEL);
       for (i64 s = plan.first[x]; s < end; s += TILE) {
         const Block<A> *a[TILE];
         const i64 M = least(TILE, end - s);
