@@ -94,13 +94,17 @@ def test_lines_are_for_people():
     assert max(map(len, said)) <= 120
 
 
-def test_tables_have_cases_down_and_contestants_across():
+def test_tables_have_ours_the_best_peer_and_what_lies_beside():
     report = Report("layer", 2)
-    report.add(case("one", least=0.001))
-    report.add(case("two", seconds={"mixtura": 0.001, "other": 0.0005}))
-    assert markdown(report.to_dict()).splitlines() == [
-        "| case | unit | mixtura | fast | slow | other | mixtura / best peer | of limit |",
+    both = {"mixtura": 0.001, "transformers a": 0.004, "transformers b": 0.003, "x": 0.002, "twin": 0.0001}
+    report.add(case("one", least=0.0005, seconds=both, beside=("twin",)))
+    report.add(case("two", seconds={"mixtura": 0.0005, "other": 0.00025}, unit="tok/s"))
+    report.add(case("three", seconds={"torch": 0.5}, unit="GF/s"))
+    head = "| case |  | mixtura | twin | transformers | best peer | mixtura / best peer | of the limit |"
+    assert markdown(report.to_dict(), ["twin"]).splitlines() == [
+        head,
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| one | ms | 2 | 3 | 6 |  | 1.50 | 50% |",
-        "| two | ms | 1 |  |  | 0.5 | 0.50 |  |",
+        "| `one` | ms | 1 | 0.1 | 3 | 2 (x) | 2.00 | 50% |",
+        "| `two` | tok/s | 2000 |  |  | 4000 (other) | 0.50 |  |",
+        "| `three` | GF/s |  |  |  | 2 (torch) |  |  |",
     ]

@@ -155,21 +155,44 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return told
 
 
-def markdown(told: Mapping[str, Any]) -> str:
-    """Tables for the docs: cases down, contestants across; the ratio of ours to the best peer, and to the limit."""
-    names = list(dict.fromkeys(row["who"] for row in told["rows"]))
-    by_case: dict[str, dict[str, Any]] = {}
-    for row in told["rows"]:
-        by_case.setdefault(row["case"], {})[row["who"]] = row
-    head = ["case", "unit", *names, "mixtura / best peer", "of limit"]
-    table = [head, ["---"] * len(head)]
-    for case, row_of in by_case.items():
-        ours = next((row for who, row in row_of.items() if who.startswith(OURS)), None)
-        cells = [f"{row_of[who]['value']:.4g}" if who in row_of else "" for who in names]
-        ratio = "" if ours is None or ours["vs_best_peer"] is None else f"{ours['vs_best_peer']:.2f}"
-        limit = "" if ours is None or ours["of_limit"] is None else f"{ours['of_limit']:.0%}"
-        table.append([case, next(iter(row_of.values()))["unit"], *cells, ratio, limit])
+def markdown(told: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
+    """A table for the docs: ours, the best of transformers, the best peer, the ratio to it, and to the limit.
+
+    Args:
+        told: a report.
+        beside: contestants that do something else, with a column of their own.
+    """
+    table = [["case", "", "mixtura", *beside, "transformers", "best peer", "mixtura / best peer", "of the limit"]]
+    table.append(["---"] * len(table[0]))
+    for case in dict.fromkeys(row["case"] for row in told["rows"]):
+        rows = [row for row in told["rows"] if row["case"] == case]
+        peers = [row for row in rows if not row["who"].startswith(OURS) and row["who"] not in beside]
+        ours = [row for row in rows if row["who"].startswith(OURS)]
+        stock = _best(row for row in peers if row["who"].startswith("transformers") and "+" not in row["who"])
+        best = _best(peers)
+        ratio, limit = (ours[0]["vs_best_peer"], ours[0]["of_limit"]) if ours else (None, None)
+        table.append(
+            [
+                f"`{case}`",
+                rows[0]["unit"],
+                _value(ours[0] if ours else None),
+                *(_value(next((row for row in rows if row["who"] == who), None)) for who in beside),
+                _value(stock),
+                f"{_value(best)} ({best['who']})" if best else "",
+                "" if ratio is None else f"{ratio:.2f}",
+                "" if limit is None else f"{limit:.0%}",
+            ]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def _best(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    sign = {"ms": 1}
+    return min(rows, key=lambda row: sign.get(row["unit"], -1) * row["value"], default=None)
+
+
+def _value(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None else f"{row['value']:.3g}" if row["value"] < 1000 else f"{row['value']:.0f}"
 
 
 def _short(value: float | None) -> float | None:

@@ -82,7 +82,8 @@ class Model:
         if lib.llama_decode(self.context, batch):
             raise RuntimeError("llama_decode failed")
         lib.llama_synchronize(self.context)
-        self._logits(-1)
+        if entries[-1][-1]:
+            self._logits(-1)
 
     def _logits(self, row):
         vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
