@@ -68,7 +68,7 @@ struct Parts {
     const int64_t bytes = e.dtype == MIXTURA_FLOAT32 ? 4 : 2, parts = (e.width + MIXTURA_UNITS - 1) / MIXTURA_UNITS;
     inner = 0;
     sums = inner + up_to_line(T * K * e.width * bytes);
-    order = sums + up_to_line(threads * T * mixtura_columns(e.dim, T, threads) * 4);
+    order = sums + up_to_line(threads * T * MIXTURA_COLUMNS * 4);
     first = order + up_to_line(T * K * 4);
     active = first + up_to_line((e.num_experts + 1) * 8);
     next = active + up_to_line(e.num_experts * 8);
