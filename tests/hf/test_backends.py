@@ -33,7 +33,8 @@ def test_native_families(model_type, generator, monkeypatch):
     torch.testing.assert_close(our_logits, logits, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == our_gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+        rounding = 1e-5 * max(1.0, float(gradient.abs().max()))  # entries are sums of terms as large as the largest
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-5, atol=rounding, msg=name)
 
 
 @pytest.mark.parametrize("backend", ["mixtura", "mixtura_naive"])

@@ -13,6 +13,7 @@ from mixtura.core import routing as r
 from mixtura.core.errors import OptionError, ShapeError
 from mixtura.hf import convert
 from mixtura.nn import Experts, FeedForward, Mixture, RouterState
+from mixtura.nn.backends import sorted_backend
 from mixtura.nn.experts.feed_forward import view_expert
 from mixtura.nn.routers.hash_routing import HashRouter, balanced_table
 from mixtura.nn.state import use_state
@@ -62,6 +63,7 @@ def segments(experts, *numbers):
 
 def test_one_expert_is_the_dense_layer_to_the_bit(generator):
     layer = Mixture(HashRouter(D, 1, V), Experts(1, D, 6, gated=False, activation="gelu"))
+    layer.experts.backend = sorted_backend  # torch's own products, as the dense layer has them
     dense = FeedForward(D, 6, gated=False, activation="gelu")
     with torch.no_grad():
         dense.up_proj.weight.copy_(layer.experts.up_proj[0])

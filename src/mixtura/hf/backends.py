@@ -10,10 +10,14 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from mixtura.core.errors import unknown_name
-from mixtura.nn.backends import naive_backend, sorted_backend
+from mixtura.nn.backends import automatic_backend, naive_backend, sorted_backend
 
 Backend = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-OURS: dict[str, Backend] = {"mixtura": sorted_backend, "mixtura_naive": naive_backend}
+OURS: dict[str, Backend] = {
+    "mixtura": automatic_backend,
+    "mixtura_sorted": sorted_backend,
+    "mixtura_naive": naive_backend,
+}
 
 for _name, _backend in OURS.items():
     ExpertsInterface.register(_name, _backend)
@@ -25,7 +29,8 @@ def experts_backend(name: str) -> Backend:
     Foreign backends raise or read garbage at an empty slot, so they get the last expert with weight 0 there.
 
     Args:
-        name: "mixtura", "mixtura_naive", "eager" (the naive one) or any that is registered in ``ExpertsInterface``.
+        name: "mixtura", "mixtura_sorted", "mixtura_naive", "eager" (the naive one) or any that is registered in
+            ``ExpertsInterface``.
 
     Raises:
         UnknownNameError: with the nearest name.

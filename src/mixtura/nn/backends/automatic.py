@@ -9,10 +9,14 @@ from mixtura.nn.backends.native import native_backend, why_not
 from mixtura.nn.backends.sorted import sorted_backend
 
 
-@torch.compiler.disable(reason="the library is called by pointers; compile without fullgraph=True")  # type: ignore[untyped-decorator, no-untyped-call]
 def automatic_backend(
     experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Compute experts by ``native_backend`` if it can, otherwise (another device or type) by ``sorted_backend``."""
-    backend = sorted_backend if why_not(experts, hidden_TD) else native_backend
+    """Compute experts by ``native_backend`` if it can, otherwise by ``sorted_backend``.
+
+    Otherwise is: another device or type, experts that are no plain tensors, no library, or a model that is being
+    compiled or exported, for which the library's calls by pointers are opaque.
+    """
+    compiling = torch.compiler.is_compiling()
+    backend = sorted_backend if compiling or why_not(experts, hidden_TD) else native_backend
     return backend(experts, hidden_TD, indices_TK, weights_TK)

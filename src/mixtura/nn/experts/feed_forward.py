@@ -22,7 +22,7 @@ from torch import nn
 
 from mixtura.core.errors import OptionError
 from mixtura.core.registry import method
-from mixtura.nn.backends import sorted_backend
+from mixtura.nn.backends import automatic_backend
 from mixtura.nn.experts.activations import activation as activation_named
 
 Backend: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -107,7 +107,7 @@ class Experts(nn.Module):
         self.has_gate, self.has_bias = gated, bias
         self.is_transposed, self.is_concatenated = transposed, not interleaved
         self.act_fn = activation_named(activation)
-        self.backend: Backend = sorted_backend
+        self.backend: Backend = automatic_backend
         C = 2 * width if gated else width
         self._add("gate_up_proj" if gated else "up_proj", C, dim)
         self._add("down_proj", dim, width)
