@@ -31,10 +31,10 @@ WORDS = {
     "limits": "What torch makes of products of matrices and of one vector, and how fast the library reads 512 MB.",
 }
 INTRO = """
-Everything here is from `mixtura bench`, whose files lie in `benchmarks/results`; `benchmarks/peers` tells who the others
-are and how they are timed. Each cell is a median over seven rounds or more in which all take turns; only ratios within
-a row mean something, since this machine gives more or less from minute to minute. A ratio above 1 is better than the
-best peer.
+Everything here is from `mixtura bench`, whose files lie in `benchmarks/results`; `benchmarks/peers` tells who the
+others are and how they are timed. Each cell is a median over seven rounds or more in which all take turns; only ratios
+within a row mean something, since this machine gives more or less from minute to minute. A ratio above 1 is better than
+the best peer.
 
 """
 
