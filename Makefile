@@ -25,7 +25,8 @@ docs: .venv/.ready-docs
 clean:
 	rm -rf .venv site runs
 
-.venv/.ready: pyproject.toml constraints.txt
+# The library is compiled by the installation.
+.venv/.ready: pyproject.toml constraints.txt hatch_build.py $(wildcard src/mixtura/nn/backends/native/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit("mixtura needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	@echo "setting up .venv (torch and transformers, a few minutes)"
 	@$(PYTHON) -m venv .venv || { echo "python3 -m venv failed: on Debian, apt-get install python3-venv"; exit 1; }
