@@ -59,23 +59,33 @@ def decode(
     Warns:
         MixturaWarning: if a model is not in the cache; its cases are left out.
     """
-    read = Read("read", read_bytes)
     for model_name in dict.fromkeys(name for name, _, _ in cases):
         names = {f"{name}/bf16/L{L}/B{B}": (L, B) for name, L, B in cases if name == model_name}
         names = {name: sizes for name, sizes in names.items() if wanted(name)}
-        if not names:
-            continue
-        try:
-            model = make_model(model_name, shapes)
-        except FetchError as error:
-            warnings.warn(f"without {model_name}: {error}", MixturaWarning, stacklevel=2)
-            continue
-        with contextlib.ExitStack() as stack:
-            contest = Contest(model, stack, watch)
-            contest.invite_llama(peers, versions)
-            accelerated = contest.accelerated(twin(model))
-            for name, (L, B) in names.items():
-                yield _case(contest, accelerated, name, L, B, watch, rounds, read)
+        if names:
+            watch.release()
+            try:
+                yield from _of_model(make_model(model_name, shapes), names, watch, peers, versions, rounds, read_bytes)
+            except FetchError as error:
+                warnings.warn(f"without {model_name}: {error}", MixturaWarning, stacklevel=2)
+
+
+def _of_model(
+    model: Any,
+    names: Mapping[str, tuple[int, int]],
+    watch: Watch,
+    peers: Mapping[str, Path],
+    versions: dict[str, str],
+    rounds: int,
+    read_bytes: int,
+) -> Iterator[Case]:
+    """Cases of one model, which is gone before the next is made."""
+    with contextlib.ExitStack() as stack:
+        contest = Contest(model, stack, watch)
+        contest.invite_llama(peers, versions)
+        accelerated, read = contest.accelerated(twin(model)), Read("read", read_bytes)
+        for name, (L, B) in names.items():
+            yield _case(contest, accelerated, name, L, B, watch, rounds, read)
 
 
 def _case(contest: Contest, accelerated: Any, name: str, L: int, B: int, watch: Watch, rounds: int, read: Read) -> Case:
