@@ -59,6 +59,25 @@ def test_every_way_to_compute_gives_the_same(kind, columns):
     same(heavy, GaussianMixture(3, algorithm="cholesky", **options).fit(np.repeat(X, weights, 0)), rtol=1e-8)
 
 
+@pytest.mark.parametrize("family", ["VVV", "EEE", "VVI"])
+def test_threads_do_not_change_results(family):
+    X, _ = rows(2000)
+    for table in (X, np.where(np.arange(3) == np.arange(2000)[:, None] % 7, np.nan, X)):
+        options = {"covariance": family, "batch_size": 97, "tol": 0, "max_iter": 4, "random_state": 0}
+        one, three = (GaussianMixture(3, n_jobs=n_jobs, **options).fit(table) for n_jobs in (1, 3))
+        for name in ("weights_", "means_", "covariances_", "lower_bounds_"):
+            assert np.array_equal(getattr(one, name), getattr(three, name))
+
+
+def test_errors_in_threads_are_those_without():
+    X, _ = rows(500)
+    certain = GaussianMixture.from_parameters([1, 0], X[:2], [np.eye(3)] * 2)
+    certain.set_params(warm_start=True, batch_size=50)
+    for n_jobs in (1, 2):
+        with pytest.raises(OptionError, match="X holds a row whose density is 0"):
+            certain.set_params(n_jobs=n_jobs).fit(X, np.where(np.arange(500) == 499, 1, -1))
+
+
 def test_pooled_moments_know_priors_noise_and_links():
     X, _ = rows()
     for extra in ({"prior": NIW()}, {"noise_component": True}, {"constraints": MustLink([[0, 1]])}, {"reg_covar": 2.0}):

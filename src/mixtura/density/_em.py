@@ -5,12 +5,18 @@ N rows, M rows of a chunk, D columns, K components.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache, partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+from joblib import effective_n_jobs
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from mixtura.core.errors import OptionError
 from mixtura.density._hidden import Hidden
@@ -41,6 +47,7 @@ def expectation(
     log_noise: float | None = None,
     links: Any = None,
     pooled: bool = False,
+    n_jobs: int = 1,
 ) -> Statistics:
     """Sufficient statistics of rows under scores, chunk by chunk; nothing of N times K is kept.
 
@@ -51,21 +58,27 @@ def expectation(
         log_noise: log weight + log density of the noise component, or None without one.
         links: maps the log scores (K, N) of all rows to ``Linked`` responsibilities, or None.
         pooled: whether components have one covariance, and second moments may be those of all together.
+        n_jobs: threads; results are added up in the order of the rows, whatever their number.
     """
     strategy = _strategy(rows, scores, algorithm, pooled=pooled)
     adjusted = None if links is None else links(_all_log_scores(rows, strategy), rows)
-    sums, log_likelihood, noise = None, 0.0, 0.0
-    for part, features in _chunks(rows, strategy):
+
+    def work(part: Index, prepare: Callable[[], Any]) -> tuple[Any, float, float]:
+        features = prepare()
         if adjusted is None:
             shares_KM, norm_M = _shares(strategy.log_scores(features), rows, part, log_noise)
-            log_likelihood += rows.weigh(norm_M, part)
+            log_likelihood = rows.weigh(norm_M, part)
         else:
-            shares_KM = adjusted.responsibilities_KN[:, part]
-        shares_KM = rows.weighted(shares_KM, part)
+            shares_KM, log_likelihood = adjusted.responsibilities_KN[:, part], 0.0
+        shares_KM, noise = rows.weighted(shares_KM, part), 0.0
         if log_noise is not None:
-            noise, shares_KM = noise + float(shares_KM[-1].sum(dtype=np.float64)), shares_KM[:-1]
-        one = strategy.moments(shares_KM, features)
+            noise, shares_KM = float(shares_KM[-1].sum(dtype=np.float64)), shares_KM[:-1]
+        return strategy.moments(shares_KM, features), log_likelihood, noise
+
+    sums, log_likelihood, noise = None, 0.0, 0.0
+    for one, its_likelihood, its_noise in in_threads(work, _chunks(rows, strategy), n_jobs):
         sums = one if sums is None else sums + one
+        log_likelihood, noise = log_likelihood + its_likelihood, noise + its_noise
     count_K, first_KD, second = strategy.unpack(sums)
     log_likelihood = log_likelihood if adjusted is None else adjusted.log_likelihood
     return Statistics(count_K, first_KD, second, strategy.reference_KD, log_likelihood, rows.total_weight, noise)
@@ -99,8 +112,8 @@ def evaluate(
 ) -> Iterator[tuple[Index, Floats, Floats]]:
     """Of each chunk: which rows, their responsibilities (K or K + 1, M), and their log densities (M,)."""
     strategy = _strategy(rows, scores, algorithm)
-    for part, features in _chunks(rows, strategy):
-        yield part, *_shares(strategy.log_scores(features), rows, part, log_noise)
+    for part, prepare in _chunks(rows, strategy):
+        yield part, *_shares(strategy.log_scores(prepare()), rows, part, log_noise)
 
 
 def climb(
@@ -138,12 +151,42 @@ def _strategy(rows: Rows, scores: Scores, algorithm: str, *, pooled: bool = Fals
     return choose_strategy(scores, rows.frame, rows.data_ND.dtype, algorithm, pooled=pooled)
 
 
-def _chunks(rows: Rows, strategy: Any) -> Iterator[tuple[Index, Any]]:
+def _chunks(rows: Rows, strategy: Any) -> Iterator[tuple[Index, Callable[[], Any]]]:
+    """Which rows a chunk has, and what makes its features."""
     if isinstance(strategy, Hidden):
         yield from strategy.chunks()
         return
     for part in rows.slices(strategy.n_features + strategy.K):
-        yield part, strategy.features(rows.data_ND[part])
+        yield part, partial(strategy.features, rows.data_ND[part])
+
+
+def in_threads(work: Callable[..., Any], given: Iterator[tuple[Any, ...]], n_jobs: int) -> Iterator[Any]:
+    """What ``work`` returns for each of the given arguments, in their order; few results wait at a time.
+
+    The linear algebra of a chunk is too small to be split further, and keeps to one thread.
+    """
+    with _blas().limit(limits=1, user_api="blas"):
+        if n_jobs == 1:
+            yield from (work(*one) for one in given)
+            return
+        with ThreadPoolExecutor(n_jobs) as pool:
+            waiting = deque(pool.submit(work, *one) for one in islice(given, 2 * n_jobs))
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(work, *one) for one in islice(given, 1))
+                yield result
+
+
+def threads(n_jobs: int | None) -> int:
+    """Threads to use: as joblib reads ``n_jobs``, or as many as linear algebra would."""
+    if n_jobs is not None:
+        return effective_n_jobs(n_jobs)
+    return max((one["num_threads"] for one in _blas().info() if one["user_api"] == "blas"), default=1)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _shares(log_KM: Floats, rows: Rows, part: Index, log_noise: float | None) -> tuple[Floats, Floats]:
@@ -181,8 +224,8 @@ def normalize(log_KM: Floats) -> tuple[Floats, Floats]:
 
 def _all_log_scores(rows: Rows, strategy: Any) -> Floats:
     out_KN = np.empty((strategy.K, rows.N), rows.data_ND.dtype)
-    for part, features in _chunks(rows, strategy):
-        out_KN[:, part] = strategy.log_scores(features)
+    for part, prepare in _chunks(rows, strategy):
+        out_KN[:, part] = strategy.log_scores(prepare())
     return out_KN
 
 

@@ -38,6 +38,7 @@ class Fitting(MixtureBase):
     n_init: int
     max_iter: int
     tol: float
+    n_jobs: int | None
     random_state: Any
     warm_start: bool
     _stream: Stream

@@ -12,7 +12,8 @@ for missing values; Bovy, Hogg and Roweis, arXiv:0905.2979, eq. 5, for noise).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -44,22 +45,22 @@ class Hidden:
         self.covariances_KDD, log_roots_K = _covariances(scores)
         self.log_weights_K = scores.constants_K - log_roots_K + 0.5 * self.D * LOG_2PI
 
-    def chunks(self) -> Iterator[tuple[NDArray[np.intp], Posterior]]:
-        """Indices of rows with the same columns observed, and their posterior."""
+    def chunks(self) -> Iterator[tuple[NDArray[np.intp], Callable[[], Posterior]]]:
+        """Indices of rows with the same columns observed, and what makes their posterior."""
         per_row = self.K * self.D * (1 if self.rows.noise is None else 3 * self.D)
         size = max(16, (1 << 20) // per_row)
         for observed_D, index in patterns(self.rows.data_ND):
             for start in range(0, len(index), size):
                 part = index[start : start + size]
-                yield part, self.posterior(self.rows.data_ND[part], observed_D, self._noise(part))
+                yield part, partial(self.posterior, part, observed_D)
 
     def _noise(self, part: NDArray[np.intp]) -> Floats | None:
         noise = None if self.rows.noise is None else self.rows.noise[part]
         return noise if noise is None or noise.ndim == 3 else noise[:, :, None] * np.eye(self.D)
 
-    def posterior(self, x_MD: Floats, observed_D: NDArray[np.bool_], noise_MDD: Floats | None = None) -> Posterior:
-        """The posterior of rows of which the same columns are observed."""
-        o = np.flatnonzero(observed_D)
+    def posterior(self, part: NDArray[np.intp], observed_D: NDArray[np.bool_]) -> Posterior:
+        """The posterior of some rows, of which the same columns are observed."""
+        x_MD, noise_MDD, o = self.rows.data_ND[part], self._noise(part), np.flatnonzero(observed_D)
         difference_KMO = x_MD[:, o].astype(np.float64) - self.reference_KD[:, None, o]
         total = self.covariances_KDD[:, None][..., o[:, None], o]
         if noise_MDD is not None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mixtura.core.errors import OptionError
 from mixtura.density import _init
 from mixtura.density._checks import check_number
-from mixtura.density._em import data_moments, expectation, fill_means, moments_of
+from mixtura.density._em import data_moments, expectation, fill_means, moments_of, threads
 from mixtura.density._files import Saved
 from mixtura.density._fitting import Fitting
 from mixtura.density._parameters import Scores, cholesky_factors
@@ -55,6 +55,8 @@ class BayesianGaussianMixture(Queries, Saved, Fitting):
         tol: of the lower bound per row, where iteration ends.
         algorithm: as in ``GaussianMixture``.
         batch_size: as in ``GaussianMixture``.
+        n_jobs: threads of the expectation step, as in joblib; None for as many as linear algebra would use
+            (OMP_NUM_THREADS). Results do not depend on it.
         random_state: seed or ``RandomState`` of the start.
         warm_start: whether ``fit`` goes on from the posterior that is there.
 
@@ -92,6 +94,7 @@ class BayesianGaussianMixture(Queries, Saved, Fitting):
         tol: float = 1e-3,
         algorithm: str = "auto",
         batch_size: int | None = None,
+        n_jobs: int | None = None,
         random_state: Any = None,
         warm_start: bool = False,
     ) -> None:
@@ -107,6 +110,7 @@ class BayesianGaussianMixture(Queries, Saved, Fitting):
         self.tol = tol
         self.algorithm = algorithm
         self.batch_size = batch_size
+        self.n_jobs = n_jobs
         self.random_state = random_state
         self.warm_start = warm_start
 
@@ -146,7 +150,9 @@ class BayesianGaussianMixture(Queries, Saved, Fitting):
         return believe(moments_of(fill_means(rows), given, self.n_components, diagonal=model.family.diagonal), model)
 
     def _expectation(self, rows: Rows, model: VariationalModel, posterior: Posterior) -> Statistics:
-        return expectation(rows, expected_scores(posterior, model.family), algorithm=self.algorithm)
+        return expectation(
+            rows, expected_scores(posterior, model.family), algorithm=self.algorithm, n_jobs=threads(self.n_jobs)
+        )
 
     def _maximize(self, statistics: Statistics, model: VariationalModel, previous: Posterior) -> Posterior:
         return believe(statistics, model)

@@ -49,6 +49,8 @@ class GaussianMixture(Queries, Exchange, Saved, Fitting):
         algorithm: "gemm" for two matrix products a step, "cholesky" for one factor after the other, "auto" for the
             faster one that keeps enough digits.
         batch_size: rows worked on at once, or None for what fits a core's cache; it changes speed, not results.
+        n_jobs: threads of the expectation step, as in joblib; None for as many as linear algebra would use
+            (OMP_NUM_THREADS). Results do not depend on it.
         random_state: seed or ``RandomState`` of the start.
         warm_start: whether ``fit`` goes on from the parameters that are there.
 
@@ -81,6 +83,7 @@ class GaussianMixture(Queries, Exchange, Saved, Fitting):
         constraints: Any = None,
         algorithm: str = "auto",
         batch_size: int | None = None,
+        n_jobs: int | None = None,
         random_state: Any = None,
         warm_start: bool = False,
     ) -> None:
@@ -97,6 +100,7 @@ class GaussianMixture(Queries, Exchange, Saved, Fitting):
         self.constraints = constraints
         self.algorithm = algorithm
         self.batch_size = batch_size
+        self.n_jobs = n_jobs
         self.random_state = random_state
         self.warm_start = warm_start
 
