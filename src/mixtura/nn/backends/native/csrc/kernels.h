@@ -17,25 +17,40 @@ namespace MIXTURA_ISA {
 using i64 = int64_t;
 constexpr i64 UNITS = MIXTURA_UNITS;
 constexpr i64 BLOCK = 256 << 10;  // bytes of tokens that stay in the second-level cache
+constexpr i64 WIDE = 2048;        // bytes of a token; of wider ones only a few fit into the first-level cache
 
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
 
+// f(from, count) for pieces of nearly equal length, none longer than longest.
+template <class F> inline void split(i64 from, i64 to, i64 longest, F f) {
+  for (i64 pieces = (to - from + longest - 1) / longest; pieces; pieces--) {
+    const i64 count = (to - from + pieces - 1) / pieces;
+    f(from, count);
+    from += count;
+  }
+}
+
 template <class T> struct Tile {
   static constexpr int M = MIXTURA_TILE_M;
+  static constexpr int TALL = 2 * M;  // tokens of a call, in two halves at most: rows of weights are then in the cache
 };
 #if !defined(MIXTURA_BF16_PAIRS)
 template <> struct Tile<bf16> {
   static constexpr int M = MIXTURA_TILE_M_WIDENED;
+  static constexpr int TALL = 2 * M;
 };
 #endif
 
-// c[m][n] = sum over k of a[m][k] b[n][k]
-template <class T, int M> void dot_tile(const T *const *b, const T *const *a, i64 K, float (*c)[4]) {
+// c[m][n] = sum over k of a[m][k] b[n][k]. FAR: rows come from memory, so that the next ones are asked for in time.
+template <class T, int M, bool FAR = false, int N>
+void dot_tile(const T *const *b, const T *const *a, i64 K, float (*c)[N]) {
   V sum[4 * M] = {};
   i64 k = 0;
   for (; k + Pack<T>::STEP <= K; k += Pack<T>::STEP) {
     Pack<T> b0(b[0] + k), b1(b[1] + k), b2(b[2] + k), b3(b[3] + k);
+    if (FAR)
+      for (int n = 0; n < 4; n++) __builtin_prefetch((const char *)(b[n] + 8 * K + k), 0, 2);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       Pack<T> x(a[m] + k);
@@ -52,7 +67,7 @@ template <class T, int M> void dot_tile(const T *const *b, const T *const *a, i6
 #pragma GCC unroll 16
     for (int i = 0; i < 4 * ROWS; i++) part[i] = 4 * m + i < 4 * M ? sum[4 * m + i] : V{};
     V total = sums<4 * ROWS>(part);
-    std::memcpy(c[m], &total, sizeof(float) * 4 * (m + ROWS <= M ? ROWS : M - m));
+    for (int i = 0; i < ROWS && m + i < M; i++) std::memcpy(c[m + i], (float *)&total + 4 * i, 4 * sizeof(float));
   }
   for (; k < K; k++)
     for (int m = 0; m < M; m++)
@@ -62,7 +77,7 @@ template <class T, int M> void dot_tile(const T *const *b, const T *const *a, i6
 // The same for few tokens, one row of weights after the other: what memory delivers is the limit, and one stream is the
 // fastest. Sums are taken in the order of dot_tile, so that a token comes out the same to the bit whatever is computed
 // beside it.
-template <class T, int M> void dot_rows(const T *const *b, const T *const *a, i64 K, float (*c)[4]) {
+template <class T, int M, int N> void dot_rows(const T *const *b, const T *const *a, i64 K, float (*c)[N]) {
   for (int n = 0; n < 4; n++) {
     V sum[M] = {};
     i64 k = 0;
@@ -79,15 +94,19 @@ template <class T, int M> void dot_rows(const T *const *b, const T *const *a, i6
   }
 }
 
-template <class T> void dots(const T *const *b, const T *const *a, i64 M, i64 K, float (*c)[4]) {
+template <class T, bool FAR, int N> void dots(const T *const *b, const T *const *a, i64 M, i64 K, float (*c)[N]) {
   constexpr int FULL = Tile<T>::M;
+  if (M > FULL) {
+    dots<T, FAR>(b, a, M - M / 2, K, c);
+    return dots<T, false>(b, a + M - M / 2, M / 2, K, c + M - M / 2);
+  }
   switch (M) {
     case 1: return dot_rows<T, 1>(b, a, K, c);
     case 2: return dot_rows<T, 2>(b, a, K, c);
     case 3: return dot_rows<T, (FULL < 3 ? FULL : 3)>(b, a, K, c);
-    case 4: return dot_tile<T, (FULL < 4 ? FULL : 4)>(b, a, K, c);
-    case 5: return dot_tile<T, (FULL < 5 ? FULL : 5)>(b, a, K, c);
-    default: return dot_tile<T, FULL>(b, a, K, c);
+    case 4: return dot_tile<T, (FULL < 4 ? FULL : 4), FAR>(b, a, K, c);
+    case 5: return dot_tile<T, (FULL < 5 ? FULL : 5), FAR>(b, a, K, c);
+    default: return dot_tile<T, FULL, FAR>(b, a, K, c);
   }
 }
 
@@ -111,7 +130,7 @@ template <class T, int M, int NV> void spread_tile(const T *b, i64 stride, const
 template <class T> struct Projection {
   const T *weight, *bias;
   i64 N, K;
-  bool transposed;
+  bool transposed, far = false;  // far: rows are read once, from memory
 
   // c[m][i] = bias[n + i] + sum over k of a[m][k] weight[n + i][k], for i < count <= 2W
   void operator()(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
@@ -127,11 +146,11 @@ template <class T> struct Projection {
   void rows(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
     for (i64 i = 0; i < count; i += 4) {
       const T *b[4];
-      float part[Tile<T>::M][4];
       for (i64 j = 0; j < 4; j++) b[j] = weight + (n + least(i + j, count - 1)) * K;  // beyond the end: the last again
-      dots<T>(b, a, M, K, part);
-      for (i64 m = 0; m < M; m++)
-        for (i64 j = 0; j < 4 && i + j < count; j++) c[m][i + j] = part[m][j];
+      if (far)
+        dots<T, true>(b, a, M, K, (float(*)[2 * W])(c[0] + i));
+      else
+        dots<T, false>(b, a, M, K, (float(*)[2 * W])(c[0] + i));
     }
   }
 
@@ -149,12 +168,14 @@ template <class T> struct Projection {
   }
 
   template <int NV> void spread(i64 n, const T *const *a, i64 M, float (*c)[2 * W]) const {
-    if (M == Tile<T>::M) return spread_tile<T, Tile<T>::M, NV>(weight + n, N, a, K, c);
-    for (i64 m = 0; m < M; m++) spread_tile<T, 1, NV>(weight + n, N, a + m, K, c + m);
+    i64 m = 0;
+    for (; m + Tile<T>::M <= M; m += Tile<T>::M) spread_tile<T, Tile<T>::M, NV>(weight + n, N, a + m, K, c + m);
+    for (; m + 2 <= M; m += 2) spread_tile<T, 2, NV>(weight + n, N, a + m, K, c + m);
+    if (m < M) spread_tile<T, 1, NV>(weight + n, N, a + m, K, c + m);
   }
 };
 
-inline V activate(int kind, V x) {
+MIXTURA_INLINE V activate(int kind, V x) {
   switch (kind) {
     case MIXTURA_SILU: return x * sigmoid(x);
     case MIXTURA_GELU: return .5f * x * (1.f + erf(x * .707106781f));
@@ -166,7 +187,7 @@ inline V activate(int kind, V x) {
   }
 }
 
-inline V combine(const mixtura_experts &e, V gate, V up) {
+MIXTURA_INLINE V combine(const mixtura_experts &e, V gate, V up) {
   if (e.activation != MIXTURA_CLAMPED_SWIGLU) return activate(e.activation, gate) * up;
   gate = min(gate, set(e.limit));
   up = min(max(up, set(-e.limit)), set(e.limit));
@@ -177,7 +198,7 @@ template <class T> struct Call {
   const mixtura_plan &plan;
   const mixtura_experts &e = plan.experts;
   const i64 D = e.dim, F = e.width, C = e.gated ? 2 * F : F;
-  static constexpr i64 TILE = Tile<T>::M;
+  static constexpr i64 TILE = Tile<T>::TALL;
 
   Projection<T> first(i64 x) const {
     const T *bias = e.first_bias ? (const T *)e.first_bias + x * C : nullptr;
@@ -189,19 +210,22 @@ template <class T> struct Call {
     return {(const T *)e.down + x * D * F, bias, D, F, e.transposed != 0};
   }
 
+  // Tokens of a tile: of wide ones only as many as the first-level cache holds beside rows of weights.
+  i64 tall(i64 K) const { return K * (i64)sizeof(T) > WIDE ? Tile<T>::M : TILE; }
+
   // Hidden units from .. to of expert x for all of its tokens; blocks of tokens stay in the cache.
   void first_phase(i64 x, i64 from, i64 to) const {
-    const Projection<T> project = first(x);
-    const i64 begin = plan.first[x], end = plan.first[x + 1];
-    const i64 block = most(TILE, BLOCK / (D * (i64)sizeof(T)) / TILE * TILE);
-    for (i64 b = begin; b < end; b += block)
+    Projection<T> project = first(x);
+    const i64 begin = plan.first[x], end = plan.first[x + 1], longest = tall(D);
+    project.far = end - begin <= longest;
+    split(begin, end, most(longest, BLOCK / (D * (i64)sizeof(T))), [&](i64 b, i64 block) {
       for (i64 f = from; f < to; f += 2 * W)
-        for (i64 m = b; m < least(end, b + block); m += TILE) {
+        split(b, b + block, longest, [&](i64 m, i64 M) {
           const T *a[TILE];
-          const i64 M = least(TILE, least(end, b + block) - m);
           for (i64 i = 0; i < M; i++) a[i] = (const T *)plan.hidden + plan.order[m + i] / plan.K * D;
           units(project, a, M, f, least(2 * W, to - f), (T *)plan.inner + m * F + f);
-        }
+        });
+    });
   }
 
   // What enters the activation, of n <= 2W units; up only of gated experts.
@@ -233,16 +257,18 @@ template <class T> struct Call {
 
   // Output columns from .. to of all tokens.
   void second_phase(i64 from, i64 to, float *sum) const {
-    for (i64 i = 0; i < plan.T * MIXTURA_COLUMNS; i++) sum[i] = 0;
+    const i64 longest = tall(F);
+    std::memset(sum, 0, plan.T * MIXTURA_COLUMNS * sizeof(float));
     for (i64 i = 0; i < plan.num_active; i++) {
-      const i64 x = plan.active[i], end = plan.first[x + 1];
-      const Projection<T> project = down(x);
-      for (i64 m = plan.first[x]; m < end; m += TILE) {
-        const i64 M = least(TILE, end - m);
-        const T *a[TILE];
-        for (i64 j = 0; j < M; j++) a[j] = (const T *)plan.inner + (m + j) * F;
-        for (i64 d = from; d < to; d += 2 * W) weigh(project, a, M, m, d, least(2 * W, to - d), sum + d - from);
-      }
+      const i64 x = plan.active[i];
+      Projection<T> project = down(x);
+      project.far = plan.first[x + 1] - plan.first[x] <= longest;
+      for (i64 d = from; d < to; d += 2 * W)
+        split(plan.first[x], plan.first[x + 1], longest, [&](i64 m, i64 M) {
+          const T *a[TILE];
+          for (i64 j = 0; j < M; j++) a[j] = (const T *)plan.inner + (m + j) * F;
+          weigh(project, a, M, m, d, least(2 * W, to - d), sum + d - from);
+        });
     }
     for (i64 t = 0; t < plan.T; t++)
       for (i64 d = from; d < to; d += W)
@@ -257,7 +283,7 @@ template <class T> struct Call {
       float *row = sum + slot / plan.K * MIXTURA_COLUMNS;
       const V w = set(plan.weights[slot]);
       store(row, load(row) + w * load(c[j]));
-      if (n > W) store(row + W, load(row + W) + w * load(c[j] + W));
+      store(row + W, load(row + W) + w * load(c[j] + W));
     }
   }
 

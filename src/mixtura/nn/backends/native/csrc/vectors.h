@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#define MIXTURA_INLINE inline __attribute__((always_inline))
+
 namespace MIXTURA_ISA {
 
 constexpr int W = MIXTURA_LANES;
@@ -55,7 +57,7 @@ inline void store1(bf16 *p, float x) {
   *p = whole[0];
 }
 
-template <class T> inline void store_some(T *p, V v, int64_t n) {
+template <class T> MIXTURA_INLINE void store_some(T *p, V v, int64_t n) {
   if (n >= W) return store(p, v);
   T whole[W];
   store(whole, v);
@@ -65,7 +67,7 @@ template <class T> inline void store_some(T *p, V v, int64_t n) {
 inline V max(V a, V b) { return a > b ? a : b; }
 inline V min(V a, V b) { return a < b ? a : b; }
 
-inline V exp(V x) {
+MIXTURA_INLINE V exp(V x) {
   x = min(max(x, set(-87.3f)), set(88.3f));
   V shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the fraction is rounded away
   V n = shifted - 12582912.f;
@@ -79,7 +81,7 @@ inline V exp(V x) {
   p = p * f + 1.f;
   return p * (V)(((Vi)shifted - 0x4b400000 + 127) << 23);
 }
-inline V sigmoid(V x) { return 1.f / (1.f + exp(-x)); }
+MIXTURA_INLINE V sigmoid(V x) { return 1.f / (1.f + exp(-x)); }
 inline V tanh(V x) { return 1.f - 2.f / (exp(x + x) + 1.f); }
 inline V erf(V x) {  // Abramowitz and Stegun 7.1.26, 1.5e-7
   V a = x < 0.f ? -x : x;
@@ -121,12 +123,12 @@ template <> struct Pack<bf16> {
 
 // Sums of neighbors at distance B: of x in the lanes without bit B, of y in those with it. Shuffles are what is scarce, so
 // the first of the two is a blend.
-template <int B, std::size_t... I> inline V fold(V x, V y, std::index_sequence<I...>) {
+template <int B, std::size_t... I> MIXTURA_INLINE V fold(V x, V y, std::index_sequence<I...>) {
   return __builtin_shufflevector(x, y, (I & B ? W + I : I)...) + __builtin_shufflevector(x, y, (I & B ? W + I - B : I + B)...);
 }
 
 // Sums over the lanes of N vectors, N a power of 2 up to W; they stand in the first N lanes, in their order.
-template <int N, int B = 1> inline V sums(V *v) {
+template <int N, int B = 1> MIXTURA_INLINE V sums(V *v) {
   if constexpr (B == W) {
     return v[0];
   } else {
