@@ -34,7 +34,7 @@ INTRO = """
 Everything here is from `mixtura bench`, whose files lie in `benchmarks/results`; `benchmarks/peers` tells who the
 others are and how they are timed. Each cell is a median over seven rounds or more in which all take turns; only ratios
 within a row mean something, since this machine gives more or less from minute to minute. A ratio above 1 is better than
-the best peer.
+the best peer. A star marks cases in which other programs used the machine all the while: they say little.
 
 """
 

@@ -180,12 +180,11 @@ def test_the_lock_is_shared_while_preparing_and_held_alone_while_timing(tmp_path
 
 
 def test_others_get_the_lock_after_a_minute(tmp_path):
-    path, world = tmp_path / "lock", World()
-    taken = []
+    path, world, taken = tmp_path / "lock", World(), []
     with world.watch(lock=path) as watch:
-        watch.release = lambda release=watch.release: (taken.append(world.now), release())
+        watch.sleep = lambda seconds: (taken.append(world.now), world.pass_time(seconds)) if all(free(path)) else None
         interleave([Fake("a", world, 25)], watch, rounds=6)
-    assert [round(now) for now in taken] == [101]  # after three rounds; the other three fit too
+    assert [round(now) for now in taken] == [25, 100]  # before the first round, and when three have taken a minute
 
 
 def test_the_lock_is_given_back_when_a_round_breaks(tmp_path):

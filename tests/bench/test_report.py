@@ -99,12 +99,12 @@ def test_tables_have_ours_the_best_peer_and_what_lies_beside():
     both = {"mixtura": 0.001, "transformers a": 0.004, "transformers b": 0.003, "x": 0.002, "twin": 0.0001}
     report.add(case("one", least=0.0005, seconds=both, beside=("twin",)))
     report.add(case("two", seconds={"mixtura": 0.0005, "other": 0.00025}, unit="tok/s"))
-    report.add(case("three", seconds={"torch": 0.5}, unit="GF/s"))
+    report.add(case("three", seconds={"torch": 0.5}, unit="GF/s", foreign=0.5))
     head = "| case |  | mixtura | twin | transformers | best peer | mixtura / best peer | of the limit |"
     assert markdown(report.to_dict(), ["twin"]).splitlines() == [
         head,
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| `one` | ms | 1 | 0.1 | 3 | 2 (x) | 2.00 | 50% |",
         "| `two` | tok/s | 2000 |  |  | 4000 (other) | 0.50 |  |",
-        "| `three` | GF/s |  |  |  | 2 (torch) |  |  |",
+        "| `three`* | GF/s |  |  |  | 2 (torch) |  |  |",
     ]

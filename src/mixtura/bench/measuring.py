@@ -30,6 +30,7 @@ _MOST = 200  # runs of a burst
 _SLOW = 0.2  # seconds of a run above which caches and threads need no run to get warm
 _SETTLE = 0.02  # threads of the contestant before spin for some milliseconds
 _TURN = 60.0  # seconds for which a lock is held, if a round is shorter
+_WAKE = 0.2  # seconds
 _TICKS = 100  # a second, of /proc
 
 
@@ -155,9 +156,8 @@ class Watch:
 
     def round(self) -> Callable[[], float | None]:
         """Take the lock alone and wait for quiet; what is returned says how many cores others used since."""
-        if self._alone_since is not None and self.clock() - self._alone_since > _TURN:
-            self.release()
-        if self._file is not None and self._alone_since is None:
+        if self._file is not None and (self._alone_since is None or self.clock() - self._alone_since > _TURN):
+            self._yield()
             fcntl.flock(self._file, fcntl.LOCK_EX)
             self._alone_since = self.clock()
         end = self.clock() + self.patience
@@ -170,9 +170,14 @@ class Watch:
     def release(self) -> None:
         """Share the lock again; to be called before what takes long and is not timed."""
         if self._file is not None and self._alone_since is not None:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._yield()
             fcntl.flock(self._file, fcntl.LOCK_SH)
         self._alone_since = None
+
+    def _yield(self) -> None:
+        """Unlock, and give those who wait the time to wake up: who locks again at once overtakes them."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self.sleep(_WAKE)
 
     def _foreign(self) -> Callable[[], float] | None:
         before, start = self.used(self.own), self.clock()

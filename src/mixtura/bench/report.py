@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixtura.bench.measuring import Outcome
+from mixtura.bench.measuring import QUIET, Outcome
 from mixtura.core.files import write_file
 
 OURS = "mixtura"  # names of contestants that begin so are no peers
@@ -158,6 +158,8 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def markdown(told: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
     """A table for the docs: ours, the best of transformers, the best peer, the ratio to it, and to the limit.
 
+    Cases in which others used the machine have a star.
+
     Args:
         told: a report.
         beside: contestants that do something else, with a column of their own.
@@ -173,7 +175,7 @@ def markdown(told: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
         ratio, limit = (ours[0]["vs_best_peer"], ours[0]["of_limit"]) if ours else (None, None)
         table.append(
             [
-                f"`{case}`",
+                f"`{case}`" + ("*" if (told["foreign"][case] or 0) >= QUIET else ""),
                 rows[0]["unit"],
                 _value(ours[0] if ours else None),
                 *(_value(next((row for row in rows if row["who"] == who), None)) for who in beside),
