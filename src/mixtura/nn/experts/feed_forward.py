@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from mixtura.core.errors import OptionError
+from mixtura.core.errors import NotExpressibleError, OptionError
 from mixtura.core.registry import method
 from mixtura.nn.backends import automatic_backend
 from mixtura.nn.experts.activations import activation as activation_named
@@ -40,7 +40,13 @@ class ExpertView(NamedTuple):
 
 
 def view_expert(experts: nn.Module, e: int) -> ExpertView:
-    """Weights of expert e of any module in a layout of transformers, ours or theirs."""
+    """Weights of expert e of any module in a layout of transformers, ours or theirs.
+
+    Raises:
+        NotExpressibleError: if the experts are quantized.
+    """
+    if not experts.down_proj.is_floating_point():  # type: ignore[operator]
+        raise NotExpressibleError("experts are quantized: there are no weights to view; model.dequantize() makes some")
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     first_CD, down_DF = getattr(experts, first)[e], experts.down_proj[e]  # type: ignore[index]
     if experts.is_transposed:

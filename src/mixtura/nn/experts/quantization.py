@@ -58,7 +58,7 @@ class Quantization:
         }
         for name, values in accepted.items():
             value = getattr(self, name)
-            if value not in values or isinstance(value, bool) != isinstance(values[0], bool):
+            if not any(value == one and type(value) is type(one) for one in values):
                 raise OptionError(f"{name} must be one of {', '.join(map(repr, values))}, got {value!r}")
 
     @property
