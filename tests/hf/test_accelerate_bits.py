@@ -49,6 +49,7 @@ def test_saved_and_loaded_to_the_bit(tmp_path):
         assert torch.equal(loaded(ids).logits, expected)
     for (name, seen), known in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(seen, known), name
+    assert not [name for name, tensor in loaded.named_parameters() if tensor.requires_grad and "scale" in name]
     assert torch.equal(generated(mixtura.accelerate(loaded)), text)
 
 

@@ -81,6 +81,12 @@ class MixturaQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _quantize(model, self.quantization_config)
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for module in model.modules():  # loading lets everything learn that is a floating-point number
+            if isinstance(module, QuantizedExperts | QuantizedLinear):
+                for name, parameter in module.named_parameters(recurse=False):
+                    parameter.requires_grad_(parameter.requires_grad and not name.endswith(("_scale", "_zero")))
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor that is being loaded is a weight with all its bits."""
         place, _, name = param_name.rpartition(".")
