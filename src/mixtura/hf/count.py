@@ -1,7 +1,7 @@
 """Parameters of a model: all, and those that work on one token.
 
 A mixture of E experts of which a token chooses k counts its k largest experts as active; everything else counts whole,
-embeddings too. Tied weights count once.
+embeddings too. Tied weights count once, and codes of few bits as the weights that they stand for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import nn
 from mixtura.hf.families import selection_spec
 from mixtura.hf.seat import Seat
 from mixtura.nn.experts.group import ExpertGroup
+from mixtura.nn.experts.quantized import QuantizedExperts
 from mixtura.nn.mixture import Mixture
+from mixtura.nn.quantized_linear import QuantizedLinear
 
 
 class Counts(NamedTuple):
@@ -36,7 +38,7 @@ def count_parameters(model: nn.Module) -> Counts:
     Raises:
         NotExpressibleError: if it is not known how many experts of a native mixture a token chooses.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = _size(model)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     seats = [(block, seat) for block in model.modules() for seat in block.children() if isinstance(seat, Seat)]
     seated = {id(beside): seat.router.slots for block, seat in seats for beside in block.children()}
@@ -55,7 +57,15 @@ def _sizes(experts: nn.Module) -> list[int]:
     if isinstance(experts, ExpertGroup):
         return [size for form in experts.forms for size in _sizes(form)]
     number = int(experts.num_experts)  # type: ignore[arg-type]
-    return [sum(parameter.numel() for parameter in experts.parameters()) // number] * number
+    return [_size(experts) // number] * number
+
+
+def _size(module: nn.Module) -> int:
+    coded: dict[int, int] = {}  # scales and zeros count nothing
+    for part in module.modules():
+        if isinstance(part, QuantizedExperts | QuantizedLinear):
+            coded |= part.coded_weights()
+    return sum(coded.get(id(parameter), parameter.numel()) for parameter in module.parameters())
 
 
 def _idle(sizes: list[int], k: int) -> int:

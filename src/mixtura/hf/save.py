@@ -18,6 +18,10 @@ _OWN = (
     "Load it with `import mixtura.hf` and then `AutoModelForCausalLM.from_pretrained(folder)`. Programs that never "
     "import mixtura need an export: `mixtura export FOLDER OUT`."
 )
+_FEW_BITS = (
+    "Its weights have {bits} bits. Load it with `import mixtura.hf` and then "
+    "`AutoModelForCausalLM.from_pretrained(folder)`; programs that never import mixtura cannot read the codes."
+)
 
 
 def save_model(
@@ -56,14 +60,23 @@ def save_model(
             (folder / "receipts.json").write_text(json.dumps(receipts, indent=2) + "\n", encoding="utf-8")
         if recipe:
             (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
-        card = _card(Path(out).resolve().name, model.config.model_type, parents, receipts, recipe, numbers, command)
+        loading = _loading(model.config)
+        card = _card(Path(out).resolve().name, loading, parents, receipts, recipe, numbers, command)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Path(out)
 
 
+def _loading(config: Any) -> str:
+    """How to load it, the first line of the card."""
+    quantization = getattr(config, "quantization_config", None)
+    if getattr(quantization, "quant_method", None) == "mixtura":
+        return _FEW_BITS.format(bits=quantization.bits)
+    return _OWN if config.model_type == "mixtura" else _NATIVE.format(family=config.model_type)
+
+
 def _card(
     name: str,
-    family: str,
+    loading: str,
     parents: tuple[str, ...],
     receipts: Mapping[str, Any] | None,
     recipe: Mapping[str, Any] | None,
@@ -73,7 +86,7 @@ def _card(
     front = {"library_name": "transformers", "tags": ["mixtura", "mixture-of-experts"], "base_model": list(parents)}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        _OWN if family == "mixtura" else _NATIVE.format(family=family),
+        loading,
         f"# {' '.join(name.split())}",
         f"Made with mixtura {mixtura.__version__}" + (f" from {', '.join(parents)}." if parents else "."),
     ]

@@ -51,6 +51,11 @@ class QuantizedLinear(nn.Linear):
         """The weight (N, K) as it was before, up to rounding."""
         return dequantize(self.codes(), (self.out_features,), self.in_features, self.quantization)[0].to(dtype)
 
+    def coded_weights(self) -> dict[int, int]:
+        """How many weights each parameter that holds some of their codes stands for, by its id."""
+        codes, *others = self.codes()
+        return {id(codes): self.in_features * self.out_features, **dict.fromkeys(map(id, others), 0)}
+
     def few_bits(self) -> FewBits:
         """The layer as an operation of a tape reads it; its tensors must outlive that."""
         how, codes = self.quantization, [t for t in self.codes() if t is not None]

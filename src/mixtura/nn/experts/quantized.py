@@ -53,6 +53,14 @@ class QuantizedExperts(nn.Module):
         whole = torch.cat(parts) if self.is_concatenated else torch.stack(parts, 1).flatten(0, 1)
         return (whole.T if self.is_transposed else whole).to(dtype)
 
+    def coded_weights(self) -> dict[int, int]:
+        """How many weights each parameter that holds some of their codes stands for, by its id."""
+        numbers: dict[int, int] = {}
+        for name, rows in self.rows.items():
+            codes, *others = self.codes(name)
+            numbers |= {id(codes): len(codes) * sum(rows) * self.inputs[name], **dict.fromkeys(map(id, others), 0)}
+        return numbers
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Scales keep their type, whatever type the model is converted to: they belong to the codes."""
         scales = {id(getattr(self, f"{name}_scale")) for name in self.rows}
