@@ -6,7 +6,7 @@ import pytest
 
 from mixtura.bench.measuring import Outcome, Timing
 from mixtura.bench.report import Case, Report, lines, machine, markdown, own_versions
-from mixtura.core.errors import MixturaError
+from mixtura.core.errors import MixturaError, OptionError
 
 
 def case(name="B/bf16/T8", foreign=0.0, seconds=None, **options):
@@ -65,6 +65,46 @@ def test_the_file_is_whole_after_each_case(tmp_path):
     assert first["left_out"] == {"one": {"slow": "no"}}
     assert by_who(first["rows"])["fast"]["error"] == 0.001235
     assert [entry.name for entry in tmp_path.iterdir()] == ["layer.json"]
+
+
+def test_cases_of_the_file_are_kept_where_they_stand_unless_timed_anew(tmp_path):
+    path = tmp_path / "layer.json"
+    first = Report("layer", 2, path)
+    first.versions["peer"] = "1"
+    for name in ("one", "two"):
+        first.add(case(name, foreign=0.5, left_out={"slow": "no"}))
+    second = Report("layer", 2, path, keep=True)
+    second.add(case("one", seconds={"mixtura": 0.5, "gemm": 1.0}))
+    second.add(case("three", foreign=0.5))
+    told = json.loads(path.read_text())
+    assert [(row["case"], row["who"]) for row in told["rows"]] == [
+        ("one", "mixtura"),
+        *((name, who) for name in ("two", "three") for who in ("mixtura", "fast", "slow")),
+    ]
+    assert told["rows"][0]["value"] == 500
+    assert told["foreign"] == {"one": 0.0, "two": 0.5, "three": 0.5}
+    assert told["left_out"] == {"two": {"slow": "no"}}
+    assert told["versions"]["peer"] == "1"
+    assert told["quiet"] is False
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "wrong"), [("versions", "torch", "1.0"), ("machine", "threads", 3), (None, "kind", "decode")]
+)
+def test_what_is_not_comparable_is_not_kept(part, name, wrong, tmp_path):
+    path = tmp_path / "layer.json"
+    Report("layer", 2, path).add(case())
+    told = json.loads(path.read_text())
+    (told[part] if part else told)[name] = wrong
+    path.write_text(json.dumps(told))
+    with pytest.raises(OptionError, match=f"cannot be kept: its {name} is {wrong!r}, now it is"):
+        Report("layer", 2, path, keep=True)
+
+
+def test_less_is_better_in_gigabytes_and_seconds():
+    for unit, value in (("GB", 2.0), ("s", 2.0), ("ms", 2000.0)):
+        rows = by_who(case(unit=unit, seconds={"mixtura": 2.0, "other": 3.0}, limits={}).rows())
+        assert (rows["mixtura"]["value"], rows["mixtura"]["vs_best_peer"]) == (value, 1.5)
 
 
 def test_unknown_quiet_is_none():

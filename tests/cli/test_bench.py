@@ -42,6 +42,14 @@ def test_json_on_standard_output():
     assert "gemm/fp32/3x4x5" in done.stderr
 
 
+def test_cases_of_a_file_are_kept(tmp_path):
+    path = tmp_path / "limits.json"
+    for pattern in ("gemm/*", "gemv/bf16", "read"):
+        done = run("limits", "--cases", pattern, "--rounds", 1, "--json", path, "--keep")
+        assert done.exit_code == 0, done.output
+    assert list(json.loads(path.read_text())["foreign"]) == ["gemm/fp32/3x4x5", "gemm/bf16/3x4x5", "gemv/bf16", "read"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

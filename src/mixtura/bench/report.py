@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.bench.measuring import QUIET, Outcome
+from mixtura.core.errors import OptionError
 from mixtura.core.files import write_file
 
 OURS = "mixtura"  # names of contestants that begin so are no peers
 PACKAGES = ("mixtura", "torch", "transformers", "numpy")
+SMALLER = {"ms": 1e3, "s": 1.0, "GB": 1.0}  # units of what is better when it is less, in those of a timing
 
 
 @dataclasses.dataclass
@@ -30,12 +32,14 @@ class Case:
 
     Attributes:
         name: such as "B/bf16/T8".
-        outcome: its timings; those whose name is in ``limits`` are no contestants.
-        unit: "ms", or what ``amount`` counts in a second.
+        outcome: its timings; those whose name is in ``limits`` are no contestants. Where the unit is "GB" they hold
+            gigabytes in place of seconds.
+        unit: one of ``SMALLER``, or what ``amount`` counts in a second.
         amount: done in a run.
         limits: names of timings to values in their unit, to be told beside.
         least: seconds that a run takes at the limits of the machine; None if nothing is known.
         errors: difference from the reference, relative.
+        cosines: of the angle between outputs and the reference, where bits were taken away.
         left_out: who could not take part, and why.
         beside: contestants that do something else, so that nobody is compared with them.
     """
@@ -47,6 +51,7 @@ class Case:
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     least: float | None = None
     errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    cosines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     beside: Sequence[str] = ()
 
@@ -58,7 +63,8 @@ class Case:
         ]
         rows = []
         for who, timing in seconds.items():
-            value = timing.seconds * 1e3 if self.unit == "ms" else self.amount / timing.seconds
+            factor = SMALLER.get(self.unit)
+            value = timing.seconds * factor if factor else self.amount / timing.seconds
             rows.append(
                 {
                     "case": self.name,
@@ -69,6 +75,7 @@ class Case:
                     "of_limit": _short(self.least / timing.seconds) if self.least else None,
                     "iqr": _short(timing.iqr),
                     "error": _short(self.errors[who]) if who in self.errors else None,
+                    **({"cosine": round(self.cosines[who], 6)} if who in self.cosines else {}),
                 }
             )
         return rows
@@ -81,18 +88,26 @@ class Report:
         kind: of the benchmark.
         threads: of the computations.
         path: JSON file that is written after each case; None for none.
+        keep: whether cases that the file has already stay in it, unless they are timed anew.
 
     Attributes:
         cases: so far.
         versions: of what stands here; those of peers are added.
+
+    Raises:
+        OptionError: if what is kept was timed on another machine or with other versions.
     """
 
-    def __init__(self, kind: str, threads: int, path: Path | None = None) -> None:
+    def __init__(self, kind: str, threads: int, path: Path | None = None, *, keep: bool = False) -> None:
         self.path = path
         self.versions = own_versions()
         self.cases: list[Case] = []
         self._head = {"kind": kind, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
         self._machine = machine(threads)
+        self._kept: dict[str, Any] = {}
+        if keep and path is not None and path.exists():
+            self._kept = self._checked(json.loads(path.read_text("utf-8")))
+            self.versions |= self._kept["versions"]
 
     def add(self, case: Case) -> list[dict[str, Any]]:
         """Its rows; the file is written anew."""
@@ -104,17 +119,40 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything so far, as the head of the file says."""
-        quiet = [case.outcome.quiet for case in self.cases]
+        foreign = self._with_kept("foreign", {case.name: _short(case.outcome.foreign) for case in self.cases})
+        disturbed = [None if cores is None else cores >= QUIET for cores in foreign.values()]
+        left_out = {case.name: {**case.left_out, **case.outcome.failed} for case in self.cases}
+        rows = self._with_kept("rows", {case.name: case.rows() for case in self.cases})
         return {
             **self._head,
             "machine": self._machine,
             "versions": self.versions,
-            "quiet": None if None in quiet else all(quiet),
-            "limits": {case.name: {n: _short(v) for n, v in case.limits.items()} for case in self.cases},
-            "rows": [row for case in self.cases for row in case.rows()],
-            "left_out": {case.name: out for case in self.cases if (out := {**case.left_out, **case.outcome.failed})},
-            "foreign": {case.name: _short(case.outcome.foreign) for case in self.cases},
+            "quiet": None if None in disturbed else not any(disturbed),
+            "limits": self._with_kept(
+                "limits", {case.name: {n: _short(v) for n, v in case.limits.items()} for case in self.cases}
+            ),
+            "rows": [row for of_case in rows.values() for row in of_case],
+            "left_out": {name: out for name, out in self._with_kept("left_out", left_out).items() if out},
+            "foreign": foreign,
         }
+
+    def _with_kept(self, part: str, new: Mapping[str, Any]) -> dict[str, Any]:
+        """By case, those that are kept where they stood."""
+        kept = self._kept.get(part, {})
+        if part == "rows":
+            names = dict.fromkeys(row["case"] for row in kept)
+            kept = {name: [row for row in kept if row["case"] == name] for name in names}
+        return {**kept, **new}
+
+    def _checked(self, kept: dict[str, Any]) -> dict[str, Any]:
+        for what, mine in (("kind", self._head), ("machine", self._machine), ("versions", self.versions)):
+            theirs = {"kind": kept["kind"]} if what == "kind" else kept[what]
+            for name in theirs.keys() & mine.keys():
+                if theirs[name] != mine[name]:
+                    raise OptionError(
+                        f"{str(self.path)!r} cannot be kept: its {name} is {theirs[name]!r}, now it is {mine[name]!r}"
+                    )
+        return kept
 
 
 def own_versions() -> dict[str, str]:
@@ -189,8 +227,7 @@ def markdown(told: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
 
 
 def _best(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    sign = {"ms": 1}
-    return min(rows, key=lambda row: sign.get(row["unit"], -1) * row["value"], default=None)
+    return min(rows, key=lambda row: row["value"] if row["unit"] in SMALLER else -row["value"], default=None)
 
 
 def _value(row: Mapping[str, Any] | None) -> str:

@@ -26,6 +26,7 @@ def run_bench(
     patience: float = 60.0,
     lock: Path | None = None,
     path: Path | None = None,
+    keep: bool = False,
     tell: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """Time the cases of a benchmark.
@@ -39,6 +40,7 @@ def run_bench(
         patience: seconds to wait for a quiet machine before each round.
         lock: file that benchmarks of one machine lock in turns.
         path: JSON file, written anew after each case.
+        keep: whether cases that the file has already stay in it, unless they are timed anew.
         tell: called with the rows of each case.
 
     Returns:
@@ -46,7 +48,8 @@ def run_bench(
 
     Raises:
         UnknownNameError: if there is no such kind or peer.
-        OptionError: if no case matches, a peer that was asked for is not set up, or the path is a folder.
+        OptionError: if no case matches, a peer that was asked for is not set up, the path is a folder, or what is
+            to be kept is of another machine or other versions.
     """
     import torch
 
@@ -57,7 +60,7 @@ def run_bench(
     if path is not None and path.is_dir():
         raise OptionError(f"the result must go to a file, got the folder {str(path)!r}")
     there = found_peers(peers_folder, peers)
-    report = Report(kind, torch.get_num_threads(), path)
+    report = Report(kind, torch.get_num_threads(), path, keep=keep)
     shared = {"wanted": lambda name: fnmatch.fnmatchcase(name, cases), "rounds": rounds}
     with Watch(patience=patience, lock=lock) as watch:
         for case in _cases(kind, watch, there, report.versions, shared):

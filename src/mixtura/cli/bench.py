@@ -26,10 +26,13 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File for the result as JSON; - for standard output.")
     ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the other cases of that file in it: same machine, same versions.")
+    ] = False,
 ) -> None:
     """Measure the limits of this machine, and layers, decoding, prefill and training against peers in turns.
 
-    Example: mixtura bench layer --cases 'A/bf16/*' --json layer.json
+    Example: mixtura bench layer --cases 'A/bf16/*' --json layer.json --keep
     """
     import torch
 
@@ -49,6 +52,7 @@ def bench(
         patience=patience,
         lock=lock,
         path=None if to_stdout else json_file,
+        keep=keep,
         tell=lambda rows: print(*lines(rows), sep="\n", file=sys.stderr if to_stdout else sys.stdout, flush=True),
     )
     for case, out in told["left_out"].items():
