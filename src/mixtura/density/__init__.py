@@ -1,5 +1,6 @@
 """Gaussian mixtures with scikit-learn's interface: 14 covariance families, weights, missing values, labels, streams."""
 
+from mixtura.density.alp_gmm import ALPGMM
 from mixtura.density.batch import GaussianMixtureBatch
 from mixtura.density.bayesian_mixture import BayesianGaussianMixture
 from mixtura.density.constraints import FixedMeans, MaxConditionNumber, MinWeight, SharedCovariance, TiedWeights
@@ -12,6 +13,7 @@ from mixtura.density.priors import NIW
 from mixtura.density.search import MixtureSearch
 
 __all__ = [
+    "ALPGMM",
     "FAMILIES",
     "NIW",
     "BayesianGaussianMixture",
