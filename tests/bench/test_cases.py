@@ -10,6 +10,7 @@ import torch
 
 from mixtura.bench import limits as limits_module
 from mixtura.bench import peers as peers_module
+from mixtura.bench.contest import cosines
 from mixtura.bench.decode import Steps, decode
 from mixtura.bench.gguf_file import write_gguf
 from mixtura.bench.layer import layer, random_experts
@@ -112,7 +113,7 @@ def test_experts_are_the_same_each_time():
 
 
 def test_decode_steps(watch):
-    cases = (("moe", 5, 1), ("moe", 5, 3), ("dense", 20, 1))
+    cases = (("moe", 16, 5, 1), ("moe", 16, 5, 3), ("dense", 16, 20, 1))
     done = list(decode(watch, {}, {}, wanted=everything, rounds=1, cases=cases, shapes=SHAPES, read_bytes=4096))
     assert [case.name for case in done] == ["moe/bf16/L5/B1", "moe/bf16/L5/B3", "dense/bf16/L20/B1"]
     for case in done:
@@ -121,6 +122,23 @@ def test_decode_steps(watch):
         assert case.unit == "tok/s"
         assert case.outcome.failed == {}
     assert [case.amount for case in done] == [1, 3, 1]
+
+
+def test_decode_steps_with_few_bits(watch):
+    cases = (("moe", 8, 5, 2), ("dense", 4, 5, 1))
+    done = list(decode(watch, {}, {}, wanted=everything, rounds=1, cases=cases, shapes=SHAPES, read_bytes=4096))
+    assert [case.name for case in done] == ["moe/int8/L5/B2", "dense/int4/L5/B1"]
+    for case, least in zip(done, (0.999, 0.97), strict=True):
+        assert list(case.outcome.timings) == ["transformers, bf16", "mixtura", "read"]
+        assert least < case.cosines["mixtura"] < 1
+        rows = {row["who"]: row for row in case.rows()}
+        assert rows["mixtura"]["cosine"] == round(case.cosines["mixtura"], 6)
+        assert rows["mixtura"]["vs_best_peer"] is None
+
+
+def test_cosines():
+    outputs = {"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([[2.0, 2.0]]), "c": torch.tensor([[0.0, 1.0]])}
+    assert cosines(outputs, "a") == pytest.approx({"a": 1.0, "b": 0.5**0.5, "c": 0.0})
 
 
 def test_decode_steps_are_those_of_the_plan_and_leave_the_cache():
@@ -176,7 +194,7 @@ def test_reading_counts_all_bytes_by_the_clock_of_the_library(monkeypatch):
 def test_a_model_that_is_not_in_the_cache_is_left_out(watch, monkeypatch, tmp_path):
     monkeypatch.setenv("MIXTURA_CACHE", str(tmp_path))
     with pytest.warns(MixturaWarning, match="without smollm2-upcycled: smollm2-135m is not in the cache"):
-        done = list(decode(watch, {}, {}, wanted=everything, rounds=1, cases=((UPCYCLED, 5, 1),), read_bytes=4096))
+        done = list(decode(watch, {}, {}, wanted=everything, rounds=1, cases=((UPCYCLED, 16, 5, 1),), read_bytes=4096))
     assert done == []
 
 
@@ -199,6 +217,7 @@ def test_what_a_step_reads():
     assert step_bytes(model, 1, 7) == 2 * (active + cached)
     all_experts = 2 * 2 * 3 * D * F
     assert step_bytes(model, 50, 0) == pytest.approx(2 * (active + all_experts))
+    assert step_bytes(model, 1, 7, 4) == pytest.approx(active * 4.5 / 8 + 2 * cached)
     touched = step_bytes(model, 2, 0) / 2 - active  # 4 (1 - 1/4) - 2 = 1 expert more
     assert touched == pytest.approx(2 * 3 * D * F)
 
@@ -229,7 +248,7 @@ def test_gguf_refuses_other_families(tmp_path):
 
 
 def test_a_broken_worker_of_a_language_model_is_left_out(watch):
-    options = {"cases": (("moe", 4, 1),), "shapes": SHAPES, "read_bytes": 4096}
+    options = {"cases": (("moe", 16, 4, 1),), "shapes": SHAPES, "read_bytes": 4096}
     (case,) = decode(watch, {"llama": PYTHON}, {}, wanted=everything, rounds=1, **options)
     assert "llama_cpp" in case.left_out["llama.cpp"]
     assert set(case.errors) == {"transformers", "mixtura"}

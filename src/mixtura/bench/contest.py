@@ -35,14 +35,14 @@ class Contest:
         self.left_out: dict[str, str] = {}
         self._workers: dict[str, Worker] = {}
 
-    def accelerated(self, model: Any) -> Any:
+    def accelerated(self, model: Any, **options: Any) -> Any:
         """The model as ``accelerate`` leaves it; None if it cannot, and what it warns of is told."""
         from mixtura.hf.accelerate import accelerate
 
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", MixturaWarning)
             try:
-                made = accelerate(model)
+                made = accelerate(model, **options)
             except NotExpressibleError as error:
                 self.left_out["mixtura"] = str(error)
                 return None
@@ -51,8 +51,8 @@ class Contest:
                 self.left_out["mixtura's plan"] = str(one.message)
         return made
 
-    def invite_llama(self, peers: Mapping[str, Path], versions: dict[str, str]) -> None:
-        """Write the model for llama.cpp, and have it read."""
+    def invite_llama(self, peers: Mapping[str, Path], versions: dict[str, str], bits: int = 16) -> None:
+        """Write the model for llama.cpp, and have it quantized there (8 or 4 bits: Q8_0, Q4_0) and read."""
         if "llama" not in peers:
             return
         path = Path(self._stack.enter_context(tempfile.TemporaryDirectory())) / "model.gguf"
@@ -61,7 +61,7 @@ class Contest:
         except NotExpressibleError as error:
             self.left_out["llama.cpp"] = str(error)
             return
-        self._invite("llama.cpp", peers["llama"], "llama_model", path, versions)
+        self._invite("llama.cpp", peers["llama"], "llama_model", path, versions, bits=bits)
 
     def invite_sgl(self, peers: Mapping[str, Path], versions: dict[str, str]) -> None:
         """Save the model for transformers in vLLM's environment, whose experts take their place there."""
@@ -92,11 +92,13 @@ class Contest:
                 contestants.append(There(name, one))
         return contestants
 
-    def _invite(self, name: str, python: Path, script: str, path: Path, versions: dict[str, str]) -> None:
+    def _invite(
+        self, name: str, python: Path, script: str, path: Path, versions: dict[str, str], **options: Any
+    ) -> None:
         threads = torch.get_num_threads()
         one = self._stack.enter_context(worker(python, script, threads))
         try:
-            versions |= one.ask("load", path=str(path), threads=threads)["versions"]
+            versions |= one.ask("load", path=str(path), threads=threads, **options)["versions"]
         except PeerError as error:
             self.left_out[name] = str(error)
             one.close()
@@ -109,3 +111,9 @@ def relative_errors(outputs: Mapping[str, torch.Tensor], reference: str) -> dict
     """Distance of each from the reference, relative to its size."""
     expected = outputs[reference]
     return {who: float((out - expected).norm() / expected.norm()) for who, out in outputs.items()}
+
+
+def cosines(outputs: Mapping[str, torch.Tensor], reference: str) -> dict[str, float]:
+    """Of the angle between each and the reference, all rows as one vector."""
+    expected = outputs[reference].flatten()
+    return {who: float(torch.cosine_similarity(out.flatten(), expected, 0)) for who, out in outputs.items()}

@@ -6,6 +6,7 @@ B sequences, L positions that are there already.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mixtura.bench.contest import Contest, relative_errors
+from mixtura.bench.contest import Contest, cosines, relative_errors
 from mixtura.bench.limits import READ_BYTES, Read
 from mixtura.bench.measuring import Contestant, Watch, interleave
 from mixtura.bench.models import SHAPES, UPCYCLED, make_model, step_bytes, twin
@@ -22,13 +23,21 @@ from mixtura.bench.report import Case
 from mixtura.core.errors import FetchError, MixturaWarning
 
 CASES = (
-    ("moe-1.3b", 512, 1),
-    ("moe-1.3b", 4096, 1),
-    ("moe-1.3b", 512, 8),
-    ("dense-1.1b", 512, 1),
-    ("dense-1.1b", 4096, 1),
-    (UPCYCLED, 512, 1),
+    ("moe-1.3b", 16, 512, 1),
+    ("moe-1.3b", 16, 4096, 1),
+    ("moe-1.3b", 16, 512, 8),
+    ("dense-1.1b", 16, 512, 1),
+    ("dense-1.1b", 16, 4096, 1),
+    (UPCYCLED, 16, 512, 1),
+    ("moe-1.3b", 8, 512, 1),
+    ("moe-1.3b", 8, 512, 8),
+    ("moe-1.3b", 4, 512, 1),
+    ("moe-1.3b", 4, 512, 8),
+    ("dense-1.1b", 8, 512, 1),
+    ("dense-1.1b", 4, 512, 1),
 )
+_TYPES = {16: "bf16", 8: "int8", 4: "int4"}
+STOCK = "transformers, bf16"  # beside few bits
 _FOLLOWING = 256  # tokens that are given after the prompt, over and over
 _BURST = 0.4  # seconds
 
@@ -40,11 +49,14 @@ def decode(
     *,
     wanted: Callable[[str], bool],
     rounds: int,
-    cases: tuple[tuple[str, int, int], ...] = CASES,
+    cases: tuple[tuple[str, int, int, int], ...] = CASES,
     shapes: dict[str, tuple[str, dict[str, Any]]] = SHAPES,
     read_bytes: int = READ_BYTES,
 ) -> Iterator[Case]:
     """Time decode steps; a value is tokens a second, of all sequences together.
+
+    With few bits, ours is compared with llama.cpp at the same bits (groups of 32 with a scale in float16, the output
+    matrix too); transformers with all bits stands beside, and is what errors and cosines of logits refer to.
 
     Args:
         watch: over the machine.
@@ -52,26 +64,31 @@ def decode(
         versions: those of the peers are added.
         wanted: whether a case of that name is.
         rounds: as in ``interleave``.
-        cases: model, L, B.
+        cases: model, bits, L, B.
         shapes: of the models.
         read_bytes: size of the memory that is read for the limit.
 
     Warns:
         MixturaWarning: if a model is not in the cache; its cases are left out.
     """
-    for model_name in dict.fromkeys(name for name, _, _ in cases):
-        names = {f"{name}/bf16/L{L}/B{B}": (L, B) for name, L, B in cases if name == model_name}
+    for model_name, bits in dict.fromkeys((name, bits) for name, bits, _, _ in cases):
+        sizes = [(L, B) for *which, L, B in cases if which == [model_name, bits]]
+        names = {f"{model_name}/{_TYPES[bits]}/L{L}/B{B}": (L, B) for L, B in sizes}
         names = {name: sizes for name, sizes in names.items() if wanted(name)}
         if names:
             watch.release()
             try:
-                yield from _of_model(make_model(model_name, shapes), names, watch, peers, versions, rounds, read_bytes)
+                model = make_model(model_name, shapes)
             except FetchError as error:
                 warnings.warn(f"without {model_name}: {error}", MixturaWarning, stacklevel=2)
+                continue
+            yield from _of_model(model, bits, names, watch, peers, versions, rounds, read_bytes)
+            del model
 
 
 def _of_model(
     model: Any,
+    bits: int,
     names: Mapping[str, tuple[int, int]],
     watch: Watch,
     peers: Mapping[str, Path],
@@ -82,20 +99,27 @@ def _of_model(
     """Cases of one model, which is gone before the next is made."""
     with contextlib.ExitStack() as stack:
         contest = Contest(model, stack, watch)
-        contest.invite_llama(peers, versions)
-        accelerated, read = contest.accelerated(twin(model)), Read("read", read_bytes)
+        contest.invite_llama(peers, versions, bits)
+        if bits == 16:
+            accelerated = contest.accelerated(twin(model))
+        else:
+            accelerated = contest.accelerated(copy.deepcopy(model), bits=bits)
+        read = Read("read", read_bytes)
         for name, (L, B) in names.items():
-            yield _case(contest, accelerated, name, L, B, watch, rounds, read)
+            yield _case(contest, accelerated, bits, name, L, B, watch, rounds, read)
 
 
-def _case(contest: Contest, accelerated: Any, name: str, L: int, B: int, watch: Watch, rounds: int, read: Read) -> Case:
+def _case(
+    contest: Contest, accelerated: Any, bits: int, name: str, L: int, B: int, watch: Watch, rounds: int, read: Read
+) -> Case:
     watch.release()
     generator = torch.Generator().manual_seed(L + B)
     vocabulary = contest.model.config.vocab_size
     prompts_BL = torch.randint(0, vocabulary, (B, L), generator=generator)
     following_NB = torch.randint(0, vocabulary, (_FOLLOWING, B), generator=generator)
+    stock = "transformers" if bits == 16 else STOCK
     ours = [Steps("mixtura", accelerated, prompts_BL, following_NB)] if accelerated is not None else []
-    here = [Steps("transformers", contest.model, prompts_BL, following_NB), *ours]
+    here = [Steps(stock, contest.model, prompts_BL, following_NB), *ours]
     outputs = {one.who: one.logits() for one in here}
     left_out = dict(contest.left_out)
     there = contest.there("decode", outputs, left_out, prompts=prompts_BL, following=following_NB)
@@ -108,9 +132,11 @@ def _case(contest: Contest, accelerated: Any, name: str, L: int, B: int, watch: 
         "tok/s",
         B,
         limits={"read": bandwidth},
-        least=step_bytes(contest.model, B, L) / 1e9 / bandwidth,
-        errors=relative_errors(outputs, "transformers"),
+        least=step_bytes(contest.model, B, L, bits) / 1e9 / bandwidth,
+        errors=relative_errors(outputs, stock),
+        cosines={} if bits == 16 else cosines(outputs, stock),
         left_out=left_out,
+        beside=() if bits == 16 else (STOCK,),
     )
 
 

@@ -103,10 +103,11 @@ def active_parameters(model: nn.Module) -> int:
     return count_parameters(model).active - (0 if table is output else table.numel())
 
 
-def step_bytes(model: Any, B: int, L: int) -> float:
+def step_bytes(model: Any, B: int, L: int, bits: int = 16) -> float:
     """What a decode step has to read at least: weights of the experts that B tokens choose, other weights, the cache.
 
-    Of E experts, B tokens that choose K at random are expected to touch E (1 - (1 - K/E)^B).
+    Of E experts, B tokens that choose K at random are expected to touch E (1 - (1 - K/E)^B). With 8 or 4 bits every 32
+    weights have a scale of 2 bytes, and all weights count as quantized; the cache is that of the model.
     """
     config = model.config
     size = next(model.parameters()).element_size()
@@ -115,4 +116,5 @@ def step_bytes(model: Any, B: int, L: int) -> float:
     E, K = getattr(config, "num_experts", None), getattr(config, "num_experts_per_tok", None)
     more = idle * (1 - (1 - K / E) ** B - K / E) / (1 - K / E) if idle and E and K else 0
     cached = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-    return size * (active_parameters(model) + more + B * L * cached)
+    weight = size if bits == 16 else bits / 8 + 2 / 32
+    return weight * (active_parameters(model) + more) + size * B * L * cached

@@ -1,6 +1,7 @@
 """llama.cpp, through llama-cpp-python's low-level functions: prompts, and decode steps with tokens that are given."""
 
 import ctypes
+import os
 
 import llama_cpp as lib
 import numpy as np
@@ -18,9 +19,10 @@ class Model:
         self.path = self.model = self.context = None
         self.calls = {}
 
-    def load(self, path, threads):
-        """Read the file."""
+    def load(self, path, threads, bits):
+        """Read the file, which holds 16 bits, quantized if fewer are asked for."""
         self._free()
+        path = path if bits == 16 else quantized(path, threads, bits)
         options = lib.llama_model_default_params()
         options.n_gpu_layers = 0
         self.threads, self.path = threads, path
@@ -108,6 +110,22 @@ class Model:
         if model and self.model:
             lib.llama_model_free(self.model)
             self.model = None
+
+
+def quantized(path, threads, bits):
+    """A file of Q8_0 or Q4_0 in its place: every matrix, that of the output too, but for routers and embeddings."""
+    kind, whole = {
+        8: (lib.GGML_TYPE_Q8_0, lib.LLAMA_FTYPE_MOSTLY_Q8_0),
+        4: (lib.GGML_TYPE_Q4_0, lib.LLAMA_FTYPE_MOSTLY_Q4_0),
+    }[bits]
+    options = lib.llama_model_quantize_default_params()
+    options.nthread, options.ftype, options.pure = threads, whole, True
+    options.output_tensor_type, options.token_embedding_type = kind, lib.GGML_TYPE_BF16
+    made = f"{path}.{bits}"
+    if lib.llama_model_quantize(path.encode(), made.encode(), ctypes.byref(options)):
+        raise RuntimeError("llama_model_quantize failed")
+    os.remove(path)
+    return made
 
 
 serve(Model())
