@@ -12,10 +12,12 @@ from mixtura.bench import limits as limits_module
 from mixtura.bench import peers as peers_module
 from mixtura.bench.contest import cosines
 from mixtura.bench.decode import Steps, decode
+from mixtura.bench.first_token import peak_gigabytes
 from mixtura.bench.gguf_file import write_gguf
 from mixtura.bench.layer import layer, random_experts
 from mixtura.bench.limits import Read, limits
 from mixtura.bench.measuring import Watch
+from mixtura.bench.memory import FirstToken, memory
 from mixtura.bench.models import UPCYCLED, active_parameters, make_model, step_bytes, twin
 from mixtura.bench.prefill import prefill
 from mixtura.bench.train import TWIN, train
@@ -173,6 +175,35 @@ def test_training(watch):
         assert case.errors["mixtura"] < 0.01
         ratios = {row["who"]: row["vs_best_peer"] for row in case.rows()}
         assert max(ratios["transformers eager"], ratios["transformers grouped_mm"]) == 1.0
+
+
+def test_memory_and_the_first_token(watch, monkeypatch):
+    told = iter([{"seconds": n, "gigabytes": 2.0 * n} for n in range(1, 99)])
+    monkeypatch.setattr(FirstToken, "_once", lambda one: next(told))
+    options = {"cases": (("moe", 6),), "shapes": SHAPES}
+    done = list(memory(watch, wanted=lambda name: name == "moe/L6", rounds=1, **options))
+    assert [(case.name, case.unit) for case in done] == [("moe/L6/first token", "s"), ("moe/L6/peak", "GB")]
+    who = ["mixtura", "mixtura, 8 bits", "mixtura, 4 bits", "transformers grouped_mm", "transformers eager"]
+    assert all(list(case.outcome.timings) == who for case in done)
+    assert [row["value"] for row in done[0].rows()] == [6, 7, 8, 9, 10]  # the second run of each
+    assert [row["value"] for row in done[1].rows()] == [7, 9, 11, 13, 15]  # the median of both, twice as many
+
+
+def test_a_run_is_a_process(tmp_path):
+    make_model("moe", {"moe": ("Qwen3Moe", DENSE | EXPERTS | {"vocab_size": 128})}).save_pretrained(tmp_path)
+    one = FirstToken("mixtura", tmp_path, "mixtura", 3)
+    (seconds,) = one.run(1)
+    assert 0 < seconds < 60
+    assert 0.05 < one.gigabytes[0] < 4
+    one._command = [sys.executable, "-c", "raise MemoryError('no more')"]
+    with pytest.raises(RuntimeError, match=r"^MemoryError: no more$"):
+        one.run(1)
+
+
+def test_the_peak_is_of_this_process():
+    before = peak_gigabytes()
+    kept = np.ones(int(before * 1e9 / 8) + 25_000_000)  # more than there ever was, and 200 MB
+    assert peak_gigabytes() > kept.nbytes / 1e9 > before
 
 
 def test_limits(watch, monkeypatch):

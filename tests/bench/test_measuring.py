@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -146,6 +148,13 @@ def test_processor_time_of_this_process_grows_with_work():
     after = used_seconds({os.getpid()})
     assert after[0] - before[0] > 0.1  # ticks of the whole machine come late
     assert used_seconds({2**30})[1] == 0  # there is no such process
+
+
+def test_processes_that_were_started_and_have_ended_count_as_own():
+    before = used_seconds({os.getpid()})
+    subprocess.run([sys.executable, "-c", "sum(range(10_000_000))"], check=True)
+    after = used_seconds({os.getpid()})
+    assert after[1] - before[1] >= 0.05
 
 
 def free(path):

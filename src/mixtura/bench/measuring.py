@@ -194,7 +194,10 @@ class Watch:
 
 
 def used_seconds(own: set[int]) -> tuple[float, float] | None:
-    """Processor time that everybody and that these processes have used; None where /proc is not Linux's."""
+    """Processor time that everybody has used, and that these processes and their children that ended have.
+
+    None where /proc is not Linux's.
+    """
     try:
         ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except OSError:
@@ -204,7 +207,7 @@ def used_seconds(own: set[int]) -> tuple[float, float] | None:
     for pid in own:
         with contextlib.suppress(OSError):  # it has ended
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            mine += int(fields[11]) + int(fields[12])
+            mine += sum(map(int, fields[11:15]))
     return (user + nice + system + irq + softirq + steal) / _TICKS, mine / _TICKS
 
 

@@ -13,7 +13,7 @@ from mixtura.bench.peers import found_peers
 from mixtura.bench.report import Case, Report
 from mixtura.core.errors import OptionError, unknown_name
 
-KINDS = ("limits", "layer", "decode", "prefill", "train")
+KINDS = ("limits", "layer", "decode", "prefill", "train", "memory")
 
 
 def run_bench(
@@ -74,5 +74,5 @@ def _cases(
     kind: str, watch: Watch, peers: dict[str, Path], versions: dict[str, str], shared: dict[str, Any]
 ) -> Iterator[Case]:
     function = getattr(importlib.import_module(f"mixtura.bench.{kind}"), kind)
-    others = () if kind in ("limits", "train") else (peers, versions)
+    others = () if kind in ("limits", "train", "memory") else (peers, versions)
     return function(watch, *others, **shared)  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import typer
 
 
 def bench(
-    kind: Annotated[str, typer.Argument(help="limits, layer, decode, prefill or train.")],
+    kind: Annotated[str, typer.Argument(help="limits, layer, decode, prefill, train or memory.")],
     cases: Annotated[str, typer.Option(help="Pattern of the names of cases, such as 'B/bf16/*'.")] = "*",
     peers: Annotated[
         str | None, typer.Option(help="Peers beside transformers, by comma, or none. Default: all that are set up.")
@@ -30,7 +30,7 @@ def bench(
         bool, typer.Option("--keep", help="Leave the other cases of that file in it: same machine, same versions.")
     ] = False,
 ) -> None:
-    """Measure the limits of this machine, and layers, decoding, prefill and training against peers in turns.
+    """Measure the limits of this machine, and layers, decoding, prompts, training and memory against peers in turns.
 
     Example: mixtura bench layer --cases 'A/bf16/*' --json layer.json --keep
     """
