@@ -148,3 +148,13 @@ def test_tables_have_ours_the_best_peer_and_what_lies_beside():
         "| `two` | tok/s | 2000 |  |  | 4000 (other) | 0.50 |  |",
         "| `three`* | GF/s |  |  |  | 2 (torch) |  |  |",
     ]
+
+
+def test_tables_tell_cosines_and_leave_empty_columns_out():
+    report = Report("decode", 2)
+    report.add(case("few", seconds={"mixtura": 0.5, "peer": 1.0}, cosines={"mixtura": 0.99, "peer": 0.5}))
+    assert markdown(report.to_dict()).splitlines() == [
+        "| case |  | mixtura | best peer | mixtura / best peer | cosine, mixtura / best peer |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| `few` | ms | 500 | 1000 (peer) | 2.00 | 0.99000 / 0.50000 |",
+    ]

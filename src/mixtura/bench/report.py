@@ -196,34 +196,40 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def markdown(told: Mapping[str, Any], beside: Sequence[str] = ()) -> str:
     """A table for the docs: ours, the best of transformers, the best peer, the ratio to it, and to the limit.
 
-    Cases in which others used the machine have a star.
+    Cases in which others used the machine have a star; columns in which nothing stands are left out.
 
     Args:
         told: a report.
         beside: contestants that do something else, with a column of their own.
     """
-    table = [["case", "", "mixtura", *beside, "transformers", "best peer", "mixtura / best peer", "of the limit"]]
-    table.append(["---"] * len(table[0]))
-    for case in dict.fromkeys(row["case"] for row in told["rows"]):
-        rows = [row for row in told["rows"] if row["case"] == case]
-        peers = [row for row in rows if not row["who"].startswith(OURS) and row["who"] not in beside]
-        ours = [row for row in rows if row["who"].startswith(OURS)]
-        stock = _best(row for row in peers if row["who"].startswith("transformers") and "+" not in row["who"])
-        best = _best(peers)
-        ratio, limit = (ours[0]["vs_best_peer"], ours[0]["of_limit"]) if ours else (None, None)
-        table.append(
-            [
-                f"`{case}`" + ("*" if (told["foreign"][case] or 0) >= QUIET else ""),
-                rows[0]["unit"],
-                _value(ours[0] if ours else None),
-                *(_value(next((row for row in rows if row["who"] == who), None)) for who in beside),
-                _value(stock),
-                f"{_value(best)} ({best['who']})" if best else "",
-                "" if ratio is None else f"{ratio:.2f}",
-                "" if limit is None else f"{limit:.0%}",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+    head = ["case", "", "mixtura", *beside, "transformers", "best peer", "mixtura / best peer", "of the limit"]
+    head.append("cosine, mixtura / best peer")
+    cases: dict[str, list[Mapping[str, Any]]] = {}
+    for row in told["rows"]:
+        cases.setdefault(row["case"], []).append(row)
+    stars = {case: "*" if (told["foreign"][case] or 0) >= QUIET else "" for case in cases}
+    body = [[f"`{case}`{stars[case]}", *_cells(rows, beside)] for case, rows in cases.items()]
+    filled = [n for n in range(len(head)) if any(row[n] for row in body)]
+    table = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(row[n] for n in filled)} |" for row in table)
+
+
+def _cells(rows: Sequence[Mapping[str, Any]], beside: Sequence[str]) -> list[str]:
+    peers = [row for row in rows if not row["who"].startswith(OURS) and row["who"] not in beside]
+    ours = next((row for row in rows if row["who"].startswith(OURS)), None)
+    stock = _best(row for row in peers if row["who"].startswith("transformers") and "+" not in row["who"])
+    best = _best(peers)
+    ratio, limit = (ours["vs_best_peer"], ours["of_limit"]) if ours else (None, None)
+    return [
+        rows[0]["unit"],
+        _value(ours),
+        *(_value(next((row for row in rows if row["who"] == who), None)) for who in beside),
+        _value(stock),
+        f"{_value(best)} ({best['who']})" if best else "",
+        "" if ratio is None else f"{ratio:.2f}",
+        "" if limit is None else f"{limit:.0%}",
+        " / ".join(f"{row['cosine']:.5f}" for row in (ours, best) if row is not None and "cosine" in row),
+    ]
 
 
 def _best(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
