@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mixtura.nn.backends.native import native_backend, why_not
+from mixtura.nn.backends.native.experts import compute, why_not
 from mixtura.nn.backends.sorted import sorted_backend
 
 
@@ -14,9 +14,7 @@ def automatic_backend(
 ) -> torch.Tensor:
     """Compute experts by ``native_backend`` if it can, otherwise by ``sorted_backend``.
 
-    Otherwise is: another device or type, experts that are no plain tensors, no library, or a model that is being
-    compiled or exported, for which the library's calls by pointers are opaque.
+    Otherwise is: another device or type, experts that are no plain tensors, or no library.
     """
-    compiling = torch.compiler.is_compiling()
-    backend = sorted_backend if compiling or why_not(experts, hidden_TD) else native_backend
+    backend = sorted_backend if why_not(experts, hidden_TD) else compute
     return backend(experts, hidden_TD, indices_TK, weights_TK)

@@ -5,157 +5,134 @@ T tokens, D width, E experts, K slots a token, F expert width.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mixtura.core.errors import NotExpressibleError, ShapeError
 from mixtura.nn.backends.native.activation import experts_activation
-from mixtura.nn.backends.native.library import ExpertsStruct, GradientsStruct, library
+from mixtura.nn.backends.native.library import ExpertsStruct, library
+from mixtura.nn.backends.native.ops import DTYPES, OPERATOR, Differentiable, Form, Tensors, forward, struct
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def native_backend(
     experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Compute experts in the library, forward and backward.
+    """Compute experts in the library, forward and backward; under autocast in its type.
 
     Raises:
         NotExpressibleError: if the library cannot, with the reason; see ``why_not``.
         ShapeError: if an index is negative, or tokens, indices and weights disagree.
     """
-    if not len(hidden_TD) == len(indices_TK) or indices_TK.shape != weights_TK.shape or indices_TK.ndim != 2:
+    if reason := why_not(experts, hidden_TD):
+        raise NotExpressibleError(f"native experts: {reason}")
+    return compute(experts, hidden_TD, indices_TK, weights_TK)
+
+
+def compute(
+    experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """As ``native_backend``, for experts of which ``why_not`` has nothing to say."""
+    if hidden_TD.shape[0] != indices_TK.shape[0] or indices_TK.shape != weights_TK.shape or indices_TK.ndim != 2:
         raise ShapeError(
             f"hidden_TD {tuple(hidden_TD.shape)}, indices_TK {tuple(indices_TK.shape)} and weights_TK "
             f"{tuple(weights_TK.shape)} must be (T, D), (T, K), (T, K)"
         )
-    if reason := why_not(experts, hidden_TD):
-        raise NotExpressibleError(f"native experts: {reason}")
-    inputs = (hidden_TD.contiguous(), indices_TK.long().contiguous(), weights_TK.float().contiguous())
-    tensors = (*inputs, *_weights(experts), *_biases(experts))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Differentiable.apply(experts_struct(experts), *tensors)  # type: ignore[no-any-return, no-untyped-call]
-    return _forward(experts_struct(experts), *inputs)
-
-
-class _Differentiable(torch.autograd.Function):
-    """The same with gradients of tokens, weights of slots, and weights of experts."""
-
-    @staticmethod
-    def forward(ctx: Any, struct: ExpertsStruct, *tensors: torch.Tensor | None) -> torch.Tensor:
-        ctx.struct = struct
-        ctx.save_for_backward(*tensors)
-        return _forward(struct, *tensors[:3])  # type: ignore[arg-type]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_TD, indices_TK, weights_TK, *experts = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        d_hidden = torch.empty_like(hidden_TD) if wanted[1] else None
-        d_weights = torch.empty_like(weights_TK)
-        d_experts = [
-            torch.zeros_like(t) if w and t is not None else None for t, w in zip(experts, wanted[4:], strict=True)
-        ]
-        first, down, first_bias, down_bias = d_experts
-        places = (out_TD.contiguous(), d_hidden, d_weights, first, first_bias, down, down_bias)
-        gradients = GradientsStruct(*(None if t is None else t.data_ptr() for t in places))
-        T, K = indices_TK.shape
-        workspace = _workspace(ctx.struct, T, K, backward=True)
-        _library().mixtura_experts_backward(
-            ctypes.byref(ctx.struct),
-            hidden_TD.data_ptr(),
-            indices_TK.data_ptr(),
-            weights_TK.data_ptr(),
-            ctypes.byref(gradients),
-            workspace.data_ptr(),
-            T,
-            K,
-            torch.get_num_threads(),
-        )
-        return None, d_hidden, None, d_weights, *d_experts
-
-
-def _forward(
-    struct: ExpertsStruct, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
-) -> torch.Tensor:
-    (T, K), out_TD = indices_TK.shape, torch.empty_like(hidden_TD)
-    workspace = _workspace(struct, T, K, backward=False)
-    code = _library().mixtura_experts_forward(
-        ctypes.byref(struct),
-        hidden_TD.data_ptr(),
-        indices_TK.data_ptr(),
-        weights_TK.data_ptr(),
-        out_TD.data_ptr(),
-        workspace.data_ptr(),
-        T,
-        K,
-        torch.get_num_threads(),
-    )
-    if code:
-        raise ShapeError(f"indices_TK must be at least 0, got {int(indices_TK.min())}")
-    return out_TD
-
-
-def _workspace(struct: ExpertsStruct, T: int, K: int, *, backward: bool) -> torch.Tensor:
-    size = _library().mixtura_workspace(ctypes.byref(struct), T, K, torch.get_num_threads(), backward)
-    return torch.empty(size, dtype=torch.uint8)
-
-
-def _library() -> ctypes.CDLL:
-    lib = library()
-    assert lib is not None
-    return lib
+    dtype, form = _dtype(hidden_TD), _form(experts)
+    assert form is not None
+    tokens_TD, *tensors = (_as(t, dtype) for t in (hidden_TD, *_tensors(experts)))
+    inputs = (tokens_TD, _as(indices_TK, torch.int64), _as(weights_TK, torch.float32), *tensors)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if _is_watched() or not all(t is None or type(t) in _PLAIN for t in inputs):
+        out_TD = OPERATOR(*inputs, *form, keep)[0]
+    elif keep:
+        out_TD = Differentiable.apply(form, *inputs)  # type: ignore[no-untyped-call]
+    else:
+        out_TD = forward(*inputs, *form, keep)[0]  # type: ignore[arg-type, call-arg]
+    return _as(out_TD, hidden_TD.dtype)  # type: ignore[return-value]
 
 
 def why_not(experts: nn.Module, hidden_TD: torch.Tensor) -> str:
     """Why the library cannot compute these experts for these tokens; "" if it can."""
-    first, down = _weights(experts)
-    tensors = [first, down, *(t for t in _biases(experts) if t is not None)]
-    if library() is None:
+    tensors = [t for t in _tensors(experts) if t is not None]
+    first = tensors[0]
+    if not _is_built():
         return "the library was not built, for want of a C++ compiler"
-    if {t.device.type for t in (hidden_TD, *tensors)} != {"cpu"}:
+    if any(t.device.type != "cpu" for t in (hidden_TD, *tensors)):
         return f"it runs on the CPU, not on {hidden_TD.device.type}"
-    if torch.is_autocast_enabled("cpu") or {t.dtype for t in (hidden_TD, *tensors)} not in ({d} for d in _DTYPES):
-        return "tokens and weights must be float32 or bfloat16 alike, without autocast"
-    if not all(t.is_contiguous() for t in tensors) or type(first) not in (nn.Parameter, torch.Tensor):
-        return "weights must be plain and contiguous"
+    dtypes = [t.dtype for t in (hidden_TD, *tensors)]
+    if _dtype(hidden_TD) not in DTYPES or any(dtype not in DTYPES for dtype in dtypes):
+        return "tokens and weights must be float32 or bfloat16"
+    if not torch.is_autocast_enabled("cpu") and any(dtype != dtypes[0] for dtype in dtypes):
+        return "tokens and weights must be of one type"
+    if not all(t.is_contiguous() for t in tensors) or not all(_is_plain(t) for t in (hidden_TD, *tensors)):
+        return "tokens and weights must be plain, and weights contiguous"
     if hidden_TD.ndim != 2 or hidden_TD.shape[-1] != (first.shape[1] if experts.is_transposed else first.shape[2]):
         return f"tokens must be of the experts' width, got shape {tuple(hidden_TD.shape)}"
     if experts.has_post_expert_norm:
         return "experts are normalized after the second projection"
-    return "" if experts_activation(experts) is not None else "the activation is not one of its own"
-
-
-def _weights(experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return (experts.gate_up_proj if experts.has_gate else experts.up_proj), experts.down_proj
-
-
-def _biases(experts: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if not experts.has_bias:
-        return None, None
-    return (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias), experts.down_proj_bias
+    if not torch.compiler.is_compiling() and _is_transformed():
+        return "it has no transforms of torch.func and no derivatives forward"
+    return "" if _form(experts) is not None else "the activation is not one of its own"
 
 
 def experts_struct(experts: Any) -> ExpertsStruct:
     """Experts as the library sees them; their tensors must outlive it. They pass ``why_not``."""
-    first, down = _weights(experts)
-    E, D = down.shape[0], down.shape[2 if experts.is_transposed else 1]
-    pointers = [None if t is None else t.data_ptr() for t in (first, _biases(experts)[0], down, _biases(experts)[1])]
-    return ExpertsStruct(
-        E,
-        D,
-        down.numel() // (E * D),
-        *pointers,
-        _DTYPES[first.dtype],
-        experts_activation(experts),
-        experts.has_gate,
-        experts.is_transposed,
-        not experts.is_concatenated,
-        float(getattr(experts, "alpha", 0.0) or 0.0),
-        float(getattr(experts, "limit", 0.0) or 0.0),
+    first, down, *biases = _tensors(experts)
+    form = _form(experts)
+    assert form is not None
+    return struct(first, down, biases, form)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_built() -> bool:
+    return library() is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _form(experts: Any) -> Form | None:
+    activation = experts_activation(experts)
+    if activation is None:
+        return None
+    alpha, limit = (float(getattr(experts, name, 0.0) or 0.0) for name in ("alpha", "limit"))
+    return Form(activation, experts.has_gate, experts.is_transposed, not experts.is_concatenated, alpha, limit)
+
+
+def _as(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """A tensor, or what stands for one while a call is traced."""
+    return type(tensor) in _PLAIN or (_is_watched() and not is_traceable_wrapper_subclass(tensor))
+
+
+def _is_watched() -> bool:
+    """Whether torch must see an operator: there is a compiler, an export, or a mode that counts, fakes or records."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _is_transformed() -> bool:
+    level: int = forward_ad._current_level
+    return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
+
+
+def _dtype(hidden_TD: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_TD.dtype
+
+
+def _tensors(experts: Any) -> Tensors:
+    first, down = (experts.gate_up_proj if experts.has_gate else experts.up_proj), experts.down_proj
+    if not experts.has_bias:
+        return first, down, None, None
+    return (
+        first,
+        down,
+        (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias),
+        experts.down_proj_bias,
     )

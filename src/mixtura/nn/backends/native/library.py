@@ -41,9 +41,9 @@ def library() -> ctypes.CDLL | None:
     experts = ctypes.POINTER(ExpertsStruct)
     lib.mixtura_workspace.argtypes = [experts, _I64, _I64, _I32, _I32]
     lib.mixtura_workspace.restype = _I64
-    lib.mixtura_experts_forward.argtypes = [experts, *[_POINTER] * 5, _I64, _I64, _I32]
+    lib.mixtura_experts_forward.argtypes = [experts, *[_POINTER] * 6, _I64, _I64, _I32]
     gradients = ctypes.POINTER(GradientsStruct)
-    lib.mixtura_experts_backward.argtypes = [experts, *[_POINTER] * 3, gradients, _POINTER, _I64, _I64, _I32]
+    lib.mixtura_experts_backward.argtypes = [experts, *[_POINTER] * 4, gradients, _POINTER, _I64, _I64, _I32]
     lib.mixtura_quantized_workspace.argtypes = [_POINTER, _I64, _I64, _I32]
     lib.mixtura_quantized_workspace.restype = _I64
     lib.mixtura_quantized_forward.argtypes = [*[_POINTER] * 6, _I64, _I64, _I32]

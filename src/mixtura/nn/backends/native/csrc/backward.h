@@ -1,11 +1,14 @@
-// Gradients of the experts. Nothing is kept from forward: hidden units are computed again.
+// Gradients of the experts. What enters the activations was kept by forward.
 //
 // S filled slots, in the order of the experts; x_s, y_s token and gradient of its output, w_s weight of slot s.
 //
 //     n = down^T y_s,  h = hidden units,  dw_s = n . h + y_s . bias,  dz = gradient of the activation at w_s n
 //     dx_t += first^T dz,   dfirst += dz x_s^T,   ddown += y_s (w_s h)^T
+//
+// Every sum is taken by one thread, in an order that does not depend on their number.
 #pragma once
 #include "kernels.h"
+#include "products.h"
 
 namespace MIXTURA_ISA {
 
@@ -47,142 +50,152 @@ inline V differentiate(const mixtura_experts &e, V gate, V up, V &by_gate, V &by
 template <class T> struct Gradients : Call<T> {
   using Base = Call<T>;
   using Base::C, Base::D, Base::e, Base::F, Base::plan;
-  static constexpr i64 TILE = Base::TILE;
   const mixtura_gradients &g = *plan.gradients;
+  const i64 CW = words<T>(C), DW = words<T>(D);
 
   const T *token(i64 s) const { return (const T *)plan.hidden + plan.order[s] / plan.K * D; }
   const T *given(i64 s) const { return (const T *)g.out + plan.order[s] / plan.K * D; }
   T *inner(i64 s) const { return (T *)plan.inner + s * F; }
   T *inner_gradient(i64 s) const { return (T *)plan.inner_gradient + s * C; }
 
-  // Hidden units from .. to of expert x: what is kept of them for the other phases.
-  void through_activation(i64 x, i64 from, i64 to) const {
-    const Projection<T> project = Base::first(x);
-    const Projection<T> back{Base::down(x).weight, nullptr, F, D, !e.transposed};
-    const i64 filled = plan.first[e.num_experts];
-    float *part = plan.weight_gradients + from / UNITS * filled;
-    for (i64 m = plan.first[x]; m < plan.first[x + 1]; m += TILE) {
-      const i64 M = least(TILE, plan.first[x + 1] - m);
-      const T *a[TILE], *y[TILE];
-      for (i64 i = 0; i < M; i++) a[i] = token(m + i), y[i] = given(m + i), part[m + i] = 0;
+  // Hidden units from .. to of expert x: times their weight, and the gradients of what enters the activation.
+  void through_activation(i64 x, i64 from, i64 to, float *scratch) const {
+    float *part = plan.weight_gradients + from / MIXTURA_PART * plan.first[e.num_experts];
+    float *y = scratch, *panel = scratch + MIXTURA_TOKENS * DW;
+    for (i64 s = plan.first[x]; s < plan.first[x + 1]; s++) part[s] = 0;
+    split(plan.first[x], plan.first[x + 1], MIXTURA_TOKENS, [&](i64 b, i64 block) {
+      split(b, b + block, HEIGHT, [&](i64 m, i64 M) {
+        pack_along<T>([&](i64 i) { return given(m + i); }, M, M, D, y + (m - b) * DW);
+      });
       for (i64 f = from; f < to; f += 2 * W) {
-        const i64 n = least(2 * W, to - f);
-        float gate[TILE][2 * W] = {}, up[TILE][2 * W] = {}, d[TILE][2 * W] = {};
-        Base::preactivations(project, a, M, f, n, gate, up);
-        back(f, n, y, M, d);
-        for (i64 i = 0; i < M; i++) part[m + i] += keep(m + i, f, n, gate[i], up[i], d[i]);
+        pack_down(x, f, panel);
+        split(b, b + block, HEIGHT, [&](i64 m, i64 M) {
+          float n[HEIGHT][2 * W];
+          product<T>(M, y + (m - b) * DW, panel, DW, n);
+          for (i64 i = 0; i < M; i++) part[m + i] += keep(m + i, f, least(2 * W, to - f), n[i]);
+        });
       }
-    }
+    });
+  }
+
+  // Columns f .. f + 2W - 1 of the second projection's transpose.
+  void pack_down(i64 x, i64 f, float *panel) const {
+    const T *down = (const T *)e.down + x * D * F;
+    if (e.transposed)
+      pack_along<T>([&](i64 i) { return down + (f + i) * D; }, F - f, 2 * W, D, panel);
+    else
+      pack_across<T>([&](i64 k) { return down + k * F + f; }, 2 * W, F - f, D, panel);
+  }
+
+  // Columns d .. d + 2W - 1 of the first projection's transpose.
+  void pack_first(i64 x, i64 d, float *panel) const {
+    const T *first = (const T *)e.first + x * C * D;
+    if (e.transposed)
+      pack_along<T>([&](i64 i) { return first + (d + i) * C; }, D - d, 2 * W, C, panel);
+    else
+      pack_across<T>([&](i64 k) { return first + k * D + d; }, 2 * W, D - d, C, panel);
   }
 
   // Stores n units of a slot and their gradients; returns the part of the gradient of its weight.
-  float keep(i64 s, i64 f, i64 n, float *gate, float *up, const float *d) const {
+  float keep(i64 s, i64 f, i64 n, const float *given) const {
+    float gate[2 * W] = {}, up[2 * W] = {};
     const float w = plan.weights[plan.order[s]];
+    take((const T *)plan.kept + s * C, f, n, gate, up);
     V sum[1] = {};
     for (i64 i = 0; i < n; i += W) {
-      V by_gate, by_up, n_f = load(d + i);
+      V by_gate, by_up, n_f = load(given + i);
+      if (n - i < W)
+        for (i64 j = n - i; j < W; j++) n_f[j] = 0;
       V h = differentiate(e, load(gate + i), load(up + i), by_gate, by_up);
       sum[0] += n_f * h;
       store(gate + i, w * n_f * by_gate);
       store(up + i, w * n_f * by_up);
       store_some(inner(s) + f + i, w * h, n - i);
     }
-    T *z = inner_gradient(s);
-    if (e.gated && e.interleaved)
-      for (i64 i = 0; i < n; i++) store1(z + 2 * (f + i), gate[i]), store1(z + 2 * (f + i) + 1, up[i]);
-    else
-      for (i64 i = 0; i < n; i += W) {
-        store_some(z + f + i, load(gate + i), n - i);
-        if (e.gated) store_some(z + F + f + i, load(up + i), n - i);
-      }
+    Base::put(gate, up, f, n, inner_gradient(s));
     return sums<1>(sum)[0];
   }
 
-  // Columns from .. to of the gradient of all tokens.
-  void to_tokens(i64 from, i64 to, float *sum) const {
-    for (i64 i = 0; i < plan.T * MIXTURA_COLUMNS; i++) sum[i] = 0;
-    for (i64 i = 0; i < plan.num_active; i++) {
-      const i64 x = plan.active[i], end = plan.first[x + 1];
-      const Projection<T> back{Base::first(x).weight, nullptr, D, C, !e.transposed};
-      for (i64 m = plan.first[x]; m < end; m += TILE) {
-        const i64 M = least(TILE, end - m);
-        const T *z[TILE];
-        for (i64 j = 0; j < M; j++) z[j] = inner_gradient(m + j);
-        for (i64 d = from; d < to; d += 2 * W) {
-          float c[TILE][2 * W] = {};
-          const i64 n = least(2 * W, to - d);
-          back(d, n, z, M, c);
-          for (i64 j = 0; j < M; j++)
-            for (i64 k = 0; k < n; k++) sum[plan.order[m + j] / plan.K * MIXTURA_COLUMNS + d - from + k] += c[j][k];
-        }
+  void take(const T *row, i64 f, i64 n, float *gate, float *up) const {
+    if (n == 2 * W && !e.interleaved)
+      for (i64 i = 0; i < n; i += W) {
+        store(gate + i, load(row + f + i));
+        if (e.gated) store(up + i, load(row + F + f + i));
       }
-    }
+    else
+      for (i64 i = 0; i < n; i++) {
+        gate[i] = load1(row + (e.gated && e.interleaved ? 2 * (f + i) : f + i));
+        if (e.gated) up[i] = load1(row + (e.interleaved ? 2 * (f + i) + 1 : F + f + i));
+      }
+  }
+
+  void pack_gradients(i64 x) const {
+    split(plan.first[x], plan.first[x + 1], HEIGHT, [&](i64 m, i64 M) {
+      pack_along<T>([&](i64 i) { return inner_gradient(m + i); }, M, M, C, plan.packed + m * CW);
+    });
+  }
+
+  // Columns from .. to of the gradient of all tokens.
+  void to_tokens(i64 from, i64 to, float *sum, float *panel) const {
+    std::memset(sum, 0, plan.T * MIXTURA_COLUMNS * sizeof(float));
+    for (i64 i = 0; i < plan.num_active; i++)
+      for (i64 d = from; d < to; d += 2 * W) {
+        const i64 x = plan.active[i];
+        pack_first(x, d, panel);
+        split(plan.first[x], plan.first[x + 1], HEIGHT, [&](i64 m, i64 M) {
+          float c[HEIGHT][2 * W];
+          product<T>(M, plan.packed + m * CW, panel, CW, c);
+          for (i64 j = 0; j < M; j++) {
+            float *row = sum + plan.order[m + j] / plan.K * MIXTURA_COLUMNS + d - from;
+            store(row, load(row) + load(c[j]));
+            store(row + W, load(row + W) + load(c[j] + W));
+          }
+        });
+      }
     for (i64 t = 0; t < plan.T; t++)
       for (i64 d = from; d < to; d += W)
         store_some((T *)g.hidden + t * D + d, load(sum + t * MIXTURA_COLUMNS + d - from), least(W, to - d));
   }
 
-  // out[i][j] = sum over the slots of expert x of a_s[i] b_s[j], for rows i from .. to and all columns
-  template <class A, class B> void outer(i64 x, i64 from, i64 to, i64 columns, A a, B b, T *out) const {
-    for (i64 i = from; i < to; i += TILE)
-      for (i64 j = 0; j < columns; j += 2 * W) {
-        const i64 M = least(TILE, to - i), n = least(2 * W, columns - j);
-        if (M == TILE && n == 2 * W)
-          outer_tile(x, i, j, a, b, out, columns);
-        else
-          outer_rest(x, i, j, M, n, a, b, out, columns);
-      }
-  }
-
-  template <class A, class B> void outer_tile(i64 x, i64 i, i64 j, A a, B b, T *out, i64 columns) const {
-    V sum[2 * TILE] = {};
-    for (i64 s = plan.first[x]; s < plan.first[x + 1]; s++) {
-      const T *left = a(s) + i, *right = b(s) + j;
-      V b0 = load(right), b1 = load(right + W);
-#pragma GCC unroll 8
-      for (int m = 0; m < TILE; m++) {
-        V value = set(load1(left + m));
-        sum[2 * m] += value * b0;
-        sum[2 * m + 1] += value * b1;
-      }
-    }
-    for (int m = 0; m < TILE; m++) {
-      store(out + (i + m) * columns + j, sum[2 * m]);
-      store(out + (i + m) * columns + j + W, sum[2 * m + 1]);
-    }
-  }
-
+  // out[i][j] = sum over the slots of expert x of a(s)[i] b(s)[j], for rows i from .. to and all columns
   template <class A, class B>
-  void outer_rest(i64 x, i64 i, i64 j, i64 M, i64 n, A a, B b, T *out, i64 columns) const {
-    for (i64 m = 0; m < M; m++)
-      for (i64 k = 0; k < n; k += W) {
-        const i64 few = least(W, n - k);
-        float sum[W] = {};
-        for (i64 s = plan.first[x]; s < plan.first[x + 1]; s++)
-          for (i64 l = 0; l < few; l++) sum[l] += load1(a(s) + i + m) * load1(b(s) + j + k + l);
-        store_some(out + (i + m) * columns + j + k, load(sum), few);
-      }
+  void outer(i64 x, i64 from, i64 to, i64 rows, i64 columns, A a, B b, T *out, float *scratch) const {
+    const i64 begin = plan.first[x], n = plan.first[x + 1] - begin, steps = words<T>(n);
+    float *left = scratch, *panel = scratch + MIXTURA_ROWS * steps;
+    split(from, to, HEIGHT, [&](i64 i, i64 M) {
+      pack_across<T>([&](i64 s) { return a(begin + s) + i; }, M, rows - i, n, left + (i - from) * steps);
+    });
+    for (i64 j = 0; j < columns; j += 2 * W) {
+      pack_across<T>([&](i64 s) { return b(begin + s) + j; }, 2 * W, columns - j, n, panel);
+      split(from, to, HEIGHT, [&](i64 i, i64 M) {
+        float c[HEIGHT][2 * W];
+        product<T>(M, left + (i - from) * steps, panel, steps, c);
+        for (i64 m = 0; m < M; m++)
+          for (i64 k = 0; k < least(2 * W, columns - j); k += W)
+            store_some(out + (i + m) * columns + j + k, load(c[m] + k), columns - j - k);
+      });
+    }
   }
 
   // Rows from .. to of the gradient of the first projection of expert x, and of the second.
-  void to_first(i64 x, i64 from, i64 to) const {
+  void to_first(i64 x, i64 from, i64 to, float *scratch) const {
     T *out = (T *)g.first + x * C * D;
     auto z = [this](i64 s) { return (const T *)inner_gradient(s); };
     auto t = [this](i64 s) { return token(s); };
     if (e.transposed)
-      outer(x, from, to, C, t, z, out);
+      outer(x, from, to, D, C, t, z, out, scratch);
     else
-      outer(x, from, to, D, z, t, out);
+      outer(x, from, to, C, D, z, t, out, scratch);
   }
 
-  void to_down(i64 x, i64 from, i64 to) const {
+  void to_down(i64 x, i64 from, i64 to, float *scratch) const {
     T *out = (T *)g.down + x * D * F;
     auto h = [this](i64 s) { return (const T *)inner(s); };
     auto y = [this](i64 s) { return given(s); };
     if (e.transposed)
-      outer(x, from, to, D, h, y, out);
+      outer(x, from, to, F, D, h, y, out, scratch);
     else
-      outer(x, from, to, F, y, h, out);
+      outer(x, from, to, D, F, y, h, out, scratch);
   }
 
   void to_biases(i64 x) const {
@@ -209,34 +222,51 @@ template <class T> struct Gradients : Call<T> {
     }
   }
 
-  void operator()() const {
-    const i64 parts = (F + UNITS - 1) / UNITS, columns = (D + MIXTURA_COLUMNS - 1) / MIXTURA_COLUMNS;
+  // Experts without a slot are not computed, their gradients are zeros all the same.
+  bool is_idle(i64 x) const { return plan.first[x] == plan.first[x + 1]; }
+
+  void weights_of(i64 x, i64 part, i64 parts_first, i64 parts_down, i64 parts, float *scratch) const {
     const i64 rows_first = e.transposed ? D : C, rows_down = e.transposed ? F : D;
-    const i64 parts_first = g.first ? (rows_first + ROWS - 1) / ROWS : 0, parts_down = g.down ? (rows_down + ROWS - 1) / ROWS : 0;
-    i64 unit = 0, column = 0, row = 0;
-#pragma omp parallel num_threads(plan.threads)
-    {
-      for (i64 i; (i = take(unit)) < parts * plan.num_active;)
-        through_activation(plan.active[i / parts], i % parts * UNITS, least(F, (i % parts + 1) * UNITS));
-#pragma omp barrier
-      float *sum = plan.sums + omp_get_thread_num() * plan.T * MIXTURA_COLUMNS;
-      for (i64 i; g.hidden && (i = take(column)) < columns;)
-        to_tokens(i * MIXTURA_COLUMNS, least(D, (i + 1) * MIXTURA_COLUMNS), sum);
-      const i64 each = parts_first + parts_down + 1;
-      for (i64 i; (i = take(row)) < each * plan.num_active;) {
-        const i64 x = plan.active[i / each], part = i % each;
-        if (part < parts_first)
-          to_first(x, part * ROWS, least(rows_first, (part + 1) * ROWS));
-        else if (part < parts_first + parts_down)
-          to_down(x, (part - parts_first) * ROWS, least(rows_down, (part - parts_first + 1) * ROWS));
-        else
-          to_biases(x), to_weights(x, parts);
-      }
+    if (part < parts_first) {
+      const i64 from = part * MIXTURA_ROWS, to = least(rows_first, from + MIXTURA_ROWS), n = C * D / rows_first;
+      if (!is_idle(x)) return to_first(x, from, to, scratch);
+      std::memset((T *)g.first + x * C * D + from * n, 0, (to - from) * n * sizeof(T));
+    } else if (part < parts_first + parts_down) {
+      const i64 from = (part - parts_first) * MIXTURA_ROWS, to = least(rows_down, from + MIXTURA_ROWS);
+      const i64 n = D * F / rows_down;
+      if (!is_idle(x)) return to_down(x, from, to, scratch);
+      std::memset((T *)g.down + x * D * F + from * n, 0, (to - from) * n * sizeof(T));
+    } else {
+      to_biases(x), to_weights(x, parts);
     }
   }
 
-  static constexpr i64 ROWS = 8 * TILE;  // of a gradient of weights, in a task
-  static i64 take(i64 &next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+  void operator()() const {
+    const i64 parts = (F + MIXTURA_PART - 1) / MIXTURA_PART, columns = (D + MIXTURA_COLUMNS - 1) / MIXTURA_COLUMNS;
+    const i64 parts_first = g.first ? ((e.transposed ? D : C) + MIXTURA_ROWS - 1) / MIXTURA_ROWS : 0;
+    const i64 parts_down = g.down ? ((e.transposed ? F : D) + MIXTURA_ROWS - 1) / MIXTURA_ROWS : 0;
+    const i64 each = parts_first + parts_down + 1;
+    i64 unit = 0, expert = 0, column = 0, row = 0;
+#pragma omp parallel num_threads(plan.threads)
+    {
+      float *scratch = plan.scratch + omp_get_thread_num() * plan.scratch_size;
+      float *sum = plan.sums + omp_get_thread_num() * plan.T * MIXTURA_COLUMNS;
+      for (i64 i; (i = next(unit)) < parts * plan.num_active;)
+        through_activation(plan.active[i / parts], i % parts * MIXTURA_PART, least(F, (i % parts + 1) * MIXTURA_PART),
+                           scratch);
+#pragma omp barrier
+      if (g.hidden) {
+        for (i64 i; (i = next(expert)) < plan.num_active;) pack_gradients(plan.active[i]);
+#pragma omp barrier
+        for (i64 i; (i = next(column)) < columns;)
+          to_tokens(i * MIXTURA_COLUMNS, least(D, (i + 1) * MIXTURA_COLUMNS), sum, scratch);
+      }
+      for (i64 i; (i = next(row)) < each * e.num_experts;)
+        weights_of(i / each, i % each, parts_first, parts_down, parts, scratch);
+    }
+  }
+
+  static i64 next(i64 &counter) { return __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED); }
 };
 
 inline void backward(const mixtura_plan *plan) {

@@ -23,6 +23,7 @@ namespace {
 
 struct Isa {
   const char *name;
+  bool pairs;  // whether backward packs pairs of bfloat16
   mixtura_run forward, backward, quantized;
   mixtura_run_all tape;
   float (*read)(const void *, int64_t, int);
@@ -43,11 +44,11 @@ bool always() { return true; }
 
 const Isa ISAS[] = {
 #if defined(MIXTURA_X86)
-    {"avx512_bf16", mixtura_forward_avx512_bf16, mixtura_backward_avx512_bf16, mixtura_quantized_avx512_bf16, mixtura_tape_avx512_bf16, mixtura_read_avx512_bf16, has_avx512_bf16},
-    {"avx512", mixtura_forward_avx512, mixtura_backward_avx512, mixtura_quantized_avx512, mixtura_tape_avx512, mixtura_read_avx512, has_avx512},
-    {"avx2", mixtura_forward_avx2, mixtura_backward_avx2, mixtura_quantized_avx2, mixtura_tape_avx2, mixtura_read_avx2, has_avx2},
+    {"avx512_bf16", true, mixtura_forward_avx512_bf16, mixtura_backward_avx512_bf16, mixtura_quantized_avx512_bf16, mixtura_tape_avx512_bf16, mixtura_read_avx512_bf16, has_avx512_bf16},
+    {"avx512", false, mixtura_forward_avx512, mixtura_backward_avx512, mixtura_quantized_avx512, mixtura_tape_avx512, mixtura_read_avx512, has_avx512},
+    {"avx2", false, mixtura_forward_avx2, mixtura_backward_avx2, mixtura_quantized_avx2, mixtura_tape_avx2, mixtura_read_avx2, has_avx2},
 #endif
-    {"portable", mixtura_forward_portable, mixtura_backward_portable, mixtura_quantized_portable, mixtura_tape_portable, mixtura_read_portable, always},
+    {"portable", false, mixtura_forward_portable, mixtura_backward_portable, mixtura_quantized_portable, mixtura_tape_portable, mixtura_read_portable, always},
 };
 
 const Isa *best() {
@@ -58,23 +59,34 @@ const Isa *best() {
 
 const Isa *current = best();
 
+constexpr int64_t WIDEST = 32;  // columns of a packed panel, at most
+
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t up_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Parts of the workspace, each at the start of a cache line.
 struct Parts {
-  int64_t inner, sums, order, first, active, next, inner_gradient, weight_gradients, end;
+  int64_t inner, sums, order, first, active, next, inner_gradient, packed, weight_gradients, scratch, scratch_size, end;
 
   Parts(const mixtura_experts &e, int64_t T, int64_t K, int threads, bool backward) {
-    const int64_t bytes = e.dtype == MIXTURA_FLOAT32 ? 4 : 2, parts = (e.width + MIXTURA_UNITS - 1) / MIXTURA_UNITS;
+    const int64_t bytes = e.dtype == MIXTURA_FLOAT32 ? 4 : 2, S = T * K, C = (e.gated ? 2 : 1) * e.width;
     inner = 0;
-    sums = inner + up_to_line(T * K * e.width * bytes);
+    sums = inner + up_to_line(S * e.width * bytes);
     order = sums + up_to_line(threads * T * MIXTURA_COLUMNS * 4);
-    first = order + up_to_line(T * K * 4);
+    first = order + up_to_line(S * 4);
     active = first + up_to_line((e.num_experts + 1) * 8);
     next = active + up_to_line(e.num_experts * 8);
-    inner_gradient = next + up_to_line(e.num_experts * 8);
-    weight_gradients = inner_gradient + (backward ? up_to_line(T * K * (e.gated ? 2 : 1) * e.width * bytes) : 0);
-    end = weight_gradients + (backward ? up_to_line(parts * T * K * 4) : 0);
+    inner_gradient = end = next + up_to_line(e.num_experts * 8);
+    if (!backward) return;
+    // words are floats, or pairs of bfloat16 on some processors
+    const int64_t word = current->pairs && bytes == 2 ? 2 : 1, CW = (C + word - 1) / word, DW = (e.dim + word - 1) / word;
+    packed = inner_gradient + up_to_line(S * C * bytes);
+    weight_gradients = packed + up_to_line(S * CW * 4);
+    scratch = weight_gradients + up_to_line((e.width + MIXTURA_PART - 1) / MIXTURA_PART * S * 4);
+    const int64_t slots = (S + word - 1) / word;
+    const int64_t activation = (MIXTURA_TOKENS + WIDEST) * DW, outer = (MIXTURA_ROWS + WIDEST) * slots;
+    scratch_size = up_to_line(most(most(activation, outer), WIDEST * CW) * 4) / 4;
+    end = scratch + threads * scratch_size * 4;
   }
 };
 
@@ -116,7 +128,11 @@ int prepare(mixtura_plan &plan, const int64_t *indices, char *base) {
   plan.order = order, plan.first = first, plan.active = active;
   plan.inner = base + parts.inner, plan.sums = (float *)(base + parts.sums);
   plan.inner_gradient = base + parts.inner_gradient;
-  plan.weight_gradients = (float *)(base + parts.weight_gradients);
+  if (plan.gradients) {
+    plan.packed = (float *)(base + parts.packed);
+    plan.weight_gradients = (float *)(base + parts.weight_gradients);
+    plan.scratch = (float *)(base + parts.scratch), plan.scratch_size = parts.scratch_size;
+  }
   return sort(plan, indices, order, first, active, (int64_t *)(base + parts.next));
 }
 
@@ -184,10 +200,16 @@ int64_t mixtura_workspace(const mixtura_experts *experts, int64_t T, int64_t K, 
 }
 
 int mixtura_experts_forward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
-                            const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads) {
+                            const float *weights, void *out, void *kept, void *workspace, int64_t T, int64_t K,
+                            int threads) {
   mixtura_plan plan = call(experts, hidden, weights, T, K, threads);
-  plan.out = out;
+  plan.out = out, plan.kept = kept;
   if (int code = prepare(plan, indices, (char *)workspace)) return code;
+  if (kept) {  // rows of empty slots
+    const int64_t row = (experts->gated ? 2 : 1) * experts->width * (experts->dtype == MIXTURA_FLOAT32 ? 4 : 2);
+    const int64_t filled = plan.first[experts->num_experts];
+    std::memset((char *)kept + filled * row, 0, (T * K - filled) * row);
+  }
   current->forward(&plan);
   return 0;
 }
@@ -208,10 +230,10 @@ int mixtura_quantized_forward(const mixtura_quantized *experts, const void *hidd
 }
 
 int mixtura_experts_backward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
-                             const float *weights, const mixtura_gradients *gradients, void *workspace, int64_t T,
-                             int64_t K, int threads) {
+                             const float *weights, const void *kept, const mixtura_gradients *gradients,
+                             void *workspace, int64_t T, int64_t K, int threads) {
   mixtura_plan plan = call(experts, hidden, weights, T, K, threads);
-  plan.gradients = gradients;
+  plan.gradients = gradients, plan.kept = (void *)kept;
   if (int code = prepare(plan, indices, (char *)workspace)) return code;
   for (int64_t s = 0; s < T * K; s++) gradients->weights[s] = 0;
   current->backward(&plan);

@@ -223,7 +223,7 @@ template <class T> struct Call {
         split(b, b + block, longest, [&](i64 m, i64 M) {
           const T *a[TILE];
           for (i64 i = 0; i < M; i++) a[i] = (const T *)plan.hidden + plan.order[m + i] / plan.K * D;
-          units(project, a, M, f, least(2 * W, to - f), (T *)plan.inner + m * F + f);
+          units(project, a, M, m, f, least(2 * W, to - f));
         });
     });
   }
@@ -245,13 +245,26 @@ template <class T> struct Call {
     }
   }
 
-  void units(const Projection<T> &project, const T *const *a, i64 M, i64 f, i64 n, T *result) const {
+  void units(const Projection<T> &project, const T *const *a, i64 M, i64 s, i64 f, i64 n) const {
     float gate[TILE][2 * W] = {}, up[TILE][2 * W] = {};
     preactivations(project, a, M, f, n, gate, up);
-    for (i64 m = 0; m < M; m++)
+    for (i64 m = 0; m < M; m++) {
       for (i64 i = 0; i < n; i += W) {
         V x = e.gated ? combine(e, load(gate[m] + i), load(up[m] + i)) : activate(e.activation, load(gate[m] + i));
-        store_some(result + m * F + i, x, n - i);
+        store_some((T *)plan.inner + (s + m) * F + f + i, x, n - i);
+      }
+      if (plan.kept) put(gate[m], up[m], f, n, (T *)plan.kept + (s + m) * C);
+    }
+  }
+
+  // n units from f on into a row of C, in the order of the weights' rows; and back.
+  void put(const float *gate, const float *up, i64 f, i64 n, T *row) const {
+    if (e.gated && e.interleaved)
+      for (i64 i = 0; i < n; i++) store1(row + 2 * (f + i), gate[i]), store1(row + 2 * (f + i) + 1, up[i]);
+    else
+      for (i64 i = 0; i < n; i += W) {
+        store_some(row + f + i, load(gate + i), n - i);
+        if (e.gated) store_some(row + F + f + i, load(up + i), n - i);
       }
   }
 

@@ -50,8 +50,8 @@ typedef struct {
   int32_t levels;         // tokens are rounded to -levels .. levels in blocks of 32 inputs: 127, or 32767
 } mixtura_quantized;
 
-// Where gradients go, in the shapes and types of what they are of; a null pointer where none is wanted. Those of the
-// experts' weights must be zero before: experts without a slot are not touched.
+// Where gradients go, in the shapes and types of what they are of; a null pointer where none is wanted, but for those of
+// the slots' weights. Experts without a slot are not computed; theirs are zeros.
 typedef struct {
   const void *out;  // (T, D), the gradient that is given
   void *hidden;     // (T, D)
@@ -63,19 +63,21 @@ typedef struct {
 int64_t mixtura_workspace(const mixtura_experts *experts, int64_t T, int64_t K, int threads, int backward);
 
 // out (T, D) = sum over slots of weight times expert. Slots whose index is E or more are empty.
+// kept (T K, C): what backward needs, in the type of the tokens; or null.
 // Returns 0; 1 for a negative index, 2 for a dtype or activation that is not known; out is then as it was.
 int mixtura_experts_forward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
-                            const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads);
+                            const float *weights, void *out, void *kept, void *workspace, int64_t T, int64_t K,
+                            int threads);
 
 // The same for weights of few bits. Returns 2 for bits, group or levels that are not known, too.
 int64_t mixtura_quantized_workspace(const mixtura_quantized *experts, int64_t T, int64_t K, int threads);
 int mixtura_quantized_forward(const mixtura_quantized *experts, const void *hidden, const int64_t *indices,
                               const float *weights, void *out, void *workspace, int64_t T, int64_t K, int threads);
 
-// Gradients of all inputs of a forward call; hidden units are computed again. Returns as forward does.
+// Gradients of all inputs of a forward call, which kept what is needed. Returns as forward does.
 int mixtura_experts_backward(const mixtura_experts *experts, const void *hidden, const int64_t *indices,
-                             const float *weights, const mixtura_gradients *gradients, void *workspace, int64_t T,
-                             int64_t K, int threads);
+                             const float *weights, const void *kept, const mixtura_gradients *gradients,
+                             void *workspace, int64_t T, int64_t K, int threads);
 
 // The instruction set in use; and all that this processor has, the best first, separated by spaces.
 const char *mixtura_isa(void);

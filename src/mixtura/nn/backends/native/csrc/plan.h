@@ -17,6 +17,7 @@ typedef struct {
   const int64_t *first, *active;  // active: experts that have slots
   int64_t num_active;
   void *inner;  // (filled slots, F), hidden units in the order of the slots; backward, each times its slot's weight
+  void *kept;   // (filled slots, C), what enters the activation, in the order of the weights' rows; or null
   float *sums;  // (threads, T, MIXTURA_COLUMNS)
   // Of weights of few bits alone:
   const mixtura_quantized *quantized;
@@ -24,10 +25,16 @@ typedef struct {
   // Of backward alone:
   const mixtura_gradients *gradients;
   void *inner_gradient;     // (filled slots, C), of what enters the activation, in the order of the weights' rows
+  float *packed;            // the same, in tiles of slots
   float *weight_gradients;  // (parts of F, filled slots), summands of the gradients of the weights
+  float *scratch;           // (threads, scratch_size)
+  int64_t scratch_size;
 } mixtura_plan;
 
 enum { MIXTURA_COLUMNS = 64 };  // output columns that a thread sums up at once
 enum { MIXTURA_UNITS = 64 };    // hidden units of a task
+enum { MIXTURA_PART = 256 };    // hidden units of a task of backward
+enum { MIXTURA_TOKENS = 192 };  // tokens that it packs at once
+enum { MIXTURA_ROWS = 96 };     // rows of a gradient of weights, in a task
 
 typedef void (*mixtura_run)(const mixtura_plan *);

@@ -59,7 +59,7 @@ template <class A> void round_block(const float *x, float levels, int shift, Blo
   V largest = {}, finite = {};
   for (int i = 0; i < BLOCK_INPUTS; i += W) {
     const V v = load(x + i);
-    largest = max(max(v, -v), largest);
+    largest = max(largest, max(v, -v));
     finite += v * 0.f;
   }
   const auto add = [](auto a, auto b) { return a + b; };

@@ -25,6 +25,11 @@ struct bf16 {
 };
 
 inline V set(float x) { return x - V{}; }
+inline V repeat(const float *p) {  // its bits, which may be two numbers
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return (V)(bits - Vi{});
+}
 template <class X> inline X load_as(const void *p) {
   X x;
   std::memcpy(&x, p, sizeof(X));
@@ -42,6 +47,9 @@ inline float load1(const bf16 *p) {
 }
 
 inline void store(float *p, V v) { std::memcpy(p, &v, sizeof(v)); }
+#if defined(MIXTURA_BF16_PAIRS)
+inline void store(bf16 *p, V v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+#else
 inline void store(bf16 *p, V v) {  // to the nearest, ties to even; NaN stays NaN
   Vu bits = (Vu)v;
   Vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -49,6 +57,7 @@ inline void store(bf16 *p, V v) {  // to the nearest, ties to even; NaN stays Na
   Vh half = __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), Vh);
   std::memcpy(p, &half, sizeof(half));
 }
+#endif
 
 inline void store1(float *p, float x) { *p = x; }
 inline void store1(bf16 *p, float x) {
@@ -64,8 +73,9 @@ template <class T> MIXTURA_INLINE void store_some(T *p, V v, int64_t n) {
   std::memcpy(p, whole, sizeof(T) * n);
 }
 
-inline V max(V a, V b) { return a > b ? a : b; }
-inline V min(V a, V b) { return a < b ? a : b; }
+// NaN as the first argument stays.
+inline V max(V a, V b) { return a < b ? b : a; }
+inline V min(V a, V b) { return b < a ? b : a; }
 
 MIXTURA_INLINE V exp(V x) {
   x = min(max(x, set(-87.3f)), set(88.3f));
