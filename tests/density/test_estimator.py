@@ -3,13 +3,15 @@
 import pytest
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from mixtura.density import BayesianGaussianMixture, GaussianMixture, MixtureSearch
+from mixtura.density import BayesianGaussianMixture, GaussianMixture, GaussianMixtureRegressor, MixtureSearch
 
 ESTIMATORS = [
     GaussianMixture(max_iter=500),
     GaussianMixture(2, covariance="diag", random_state=0, max_iter=500),
     BayesianGaussianMixture(max_iter=500),
     BayesianGaussianMixture(2, covariance="diag", weights="dirichlet", random_state=0, max_iter=2000),
+    GaussianMixtureRegressor(),
+    GaussianMixtureRegressor(2, covariance="EEE", variance="global-corrected", random_state=0),
     MixtureSearch([1, 2], covariance=["EII", "VVV"], init="kmeans", random_state=0),
 ]
 

@@ -127,10 +127,10 @@ def test_what_cannot_be_fitted_is_told_and_passed_over():
 
 def test_what_has_collapsed_to_rounding_does_not_win():
     generator = np.random.default_rng(0)
-    tight = 0.1 * (1 + 2e-16 * generator.integers(0, 4, (20, 2)))
+    tight = 10 * (1 + 1e-12 * generator.integers(0, 4, (20, 2)))
     X = np.vstack([tight, generator.normal(size=(40, 2))])
     assert GaussianMixture(2, covariance="VVI", reg_covar=0, init=(np.arange(60) > 19) * 1).fit(X).bic(X) < -1000
-    found = MixtureSearch([1, 2], covariance=["EEE", "VVI"], random_state=0).fit(X)
+    found = MixtureSearch([1, 2], covariance="VVI", random_state=0).fit(X)
     assert found.best_.score > 0
     assert any("has collapsed to the rounding of the data" in one.error for one in found.candidates_)
 

@@ -2,13 +2,21 @@
 
 from mixtura.density.alp_gmm import ALPGMM
 from mixtura.density.batch import GaussianMixtureBatch
+from mixtura.density.bayes_mixture import BayesMixture, RegretBound, hypothesis_weight, regret_bound
 from mixtura.density.bayesian_mixture import BayesianGaussianMixture
 from mixtura.density.constraints import FixedMeans, MaxConditionNumber, MinWeight, SharedCovariance, TiedWeights
 from mixtura.density.errors import SingularComponentError
 from mixtura.density.families import FAMILIES
 from mixtura.density.gate import as_gate, soft_labels
 from mixtura.density.gaussian_mixture import GaussianMixture
+from mixtura.density.gaussian_mixture_regressor import GaussianMixtureRegressor
 from mixtura.density.links import CannotLink, MustLink
+from mixtura.density.pair_classifier import (
+    PairClassifier,
+    epistemic_confidence,
+    epistemic_covariance,
+    probability_radius,
+)
 from mixtura.density.priors import NIW
 from mixtura.density.search import MixtureSearch
 
@@ -16,18 +24,27 @@ __all__ = [
     "ALPGMM",
     "FAMILIES",
     "NIW",
+    "BayesMixture",
     "BayesianGaussianMixture",
     "CannotLink",
     "FixedMeans",
     "GaussianMixture",
     "GaussianMixtureBatch",
+    "GaussianMixtureRegressor",
     "MaxConditionNumber",
     "MinWeight",
     "MixtureSearch",
     "MustLink",
+    "PairClassifier",
+    "RegretBound",
     "SharedCovariance",
     "SingularComponentError",
     "TiedWeights",
     "as_gate",
+    "epistemic_confidence",
+    "epistemic_covariance",
+    "hypothesis_weight",
+    "probability_radius",
+    "regret_bound",
     "soft_labels",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,8 +29,12 @@ NOTES = ("noise_log_density_", "n_iter_", "converged_", "lower_bound_")
 Tensors = dict[str, NDArray[Any]]
 
 
-class Saved(MixtureBase):
-    """``save`` and ``load``."""
+class Saved:
+    """``save`` and ``load`` of what has a state: a named tuple of arrays."""
+
+    _state: Any
+    _state_type: Any
+    _set_state: Callable[[Any], None]
 
     def save(self, path: str | Path) -> None:
         """Write parameters and options to one safetensors file, whole or not at all.
@@ -89,13 +94,29 @@ class Saved(MixtureBase):
         for name, value in json.loads(about["notes"]).items():
             if name in NOTES:
                 setattr(self, name, value)
-        self.n_features_in_ = self.means_.shape[1]
         if columns:
             self.feature_names_in_ = np.asarray(columns, dtype=object)
         if stream is not None:
             self._stream = _stream(stream, tensors)
-        _check(self)
+        self._check_state()
         return self
+
+    def _check_state(self) -> None:
+        """Raise ``ValueError`` unless what was read fits the options."""
+        raise NotImplementedError
+
+
+class SavedMixture(Saved, MixtureBase):
+    """``save`` and ``load`` of a mixture."""
+
+    def _check_state(self) -> None:
+        K, D = self.means_.shape
+        shape = (K, D) if find_family(self.covariance).diagonal else (K, D, D)
+        if self.n_components != K or self.weights_.shape != (K,) or self._covariances.shape != shape:
+            raise ValueError("parameters have other shapes than the options say")
+        if not np.isclose(self.weights_.sum() + self.noise_weight_, 1) or not np.isfinite(self.means_).all():
+            raise ValueError("weights or means are not those of a mixture")
+        precision_roots(self._covariances)
 
 
 def _prefixed(prefix: str, values: dict[str, Any]) -> Tensors:
@@ -112,17 +133,6 @@ def _stream(given: list[Any], tensors: Tensors) -> Stream:
     prior, kept = _part("prior", tensors), _part("kept", tensors)
     n_batches, weight = int(given[0]), float(given[1])
     return Stream(NIW(**prior) if prior else None, Statistics(**kept) if kept else None, n_batches, weight)
-
-
-def _check(mixture: Any) -> None:
-    """Raise ``ValueError`` unless the parameters are those of a mixture with the options."""
-    K, D = mixture.means_.shape
-    shape = (K, D) if find_family(mixture.covariance).diagonal else (K, D, D)
-    if mixture.n_components != K or mixture.weights_.shape != (K,) or mixture._covariances.shape != shape:
-        raise ValueError("parameters have other shapes than the options say")
-    if not np.isclose(mixture.weights_.sum() + mixture.noise_weight_, 1) or not np.isfinite(mixture.means_).all():
-        raise ValueError("weights or means are not those of a mixture")
-    precision_roots(mixture._covariances)
 
 
 def _options(mixture: Any, tensors: Tensors) -> dict[str, Any]:

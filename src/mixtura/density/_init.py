@@ -107,14 +107,26 @@ def kmeans(rows: Rows, axes_DA: Floats, K: int, rng: np.random.RandomState) -> N
     """Clusters of weighted k-means on distinct rows, so that a row twice and a row of weight 2 are the same."""
     index = np.arange(rows.N) if rows.N <= SUBSET else np.sort(rng.choice(rows.N, SUBSET, replace=False))
     weights_N = None if rows.weights_N is None else rows.weights_N[index]
-    points_PA, weights_P, _ = distinct(_on_axes(rows, index, axes_DA), weights_N, K)
+    points_PA, weights_P = _points(rows, index, axes_DA, weights_N, K)
     seeds_KA = _seeds(rows, axes_DA, points_PA, weights_P, K, rng)
     model = KMeans(K, init=seeds_KA, n_init=1, random_state=rng).fit(points_PA, sample_weight=weights_P)
     return _everywhere(rows, axes_DA, model.predict)
 
 
-def distinct(data_ND: Floats, weights_N: Floats | None, K: int) -> tuple[Floats, Floats, NDArray[np.intp]]:
-    """Distinct rows, their summed weights, and which of them each row is.
+def _points(
+    rows: Rows, index: NDArray[np.intp], axes_DA: Floats, weights_N: Floats | None, K: int
+) -> tuple[Floats, Floats]:
+    """Distinct rows on other axes, and their summed weights, in an order that does not depend on theirs.
+
+    Rows are compared before they are turned: products round the same row differently at another place.
+    """
+    points_PD, weights_P = distinct(rows.data_ND[index], weights_N, K)
+    points_PA = (points_PD - rows.frame.shift_D) @ axes_DA
+    return (points_PA, weights_P) if axes_DA.shape[1] == rows.D else distinct(points_PA, weights_P, K)
+
+
+def distinct(data_ND: Floats, weights_N: Floats | None, K: int) -> tuple[Floats, Floats]:
+    """Distinct rows, sorted, and their summed weights.
 
     Raises:
         OptionError: if there are fewer than K.
@@ -122,7 +134,7 @@ def distinct(data_ND: Floats, weights_N: Floats | None, K: int) -> tuple[Floats,
     points_PD, which_N = np.unique(data_ND, axis=0, return_inverse=True)
     if len(points_PD) < K:
         raise OptionError(f"n_components={K} is more than the {len(points_PD)} distinct rows of X")
-    return points_PD, np.bincount(which_N.ravel(), weights_N, len(points_PD)).astype(float), which_N.ravel()
+    return points_PD, np.bincount(which_N.ravel(), weights_N, len(points_PD)).astype(float)
 
 
 def _seeds(
@@ -148,7 +160,7 @@ def _seeds(
 def hierarchy(rows: Rows, axes_DA: Floats, K: int, rng: np.random.RandomState) -> NDArray[np.intp]:
     """Groups of Ward's agglomeration of at most 2000 rows; the others go to the nearest group mean."""
     index = np.arange(rows.N) if rows.N <= HIERARCHY else np.sort(rng.choice(rows.N, HIERARCHY, replace=False))
-    points_PA, _, _ = distinct(_on_axes(rows, index, axes_DA), None, K)
+    points_PA, _ = _points(rows, index, axes_DA, None, K)
     groups_P = AgglomerativeClustering(K, linkage="ward").fit_predict(points_PA)
     centers_KA = np.stack([points_PA[groups_P == k].mean(0) for k in range(K)])
     squares_K = (centers_KA**2).sum(1)

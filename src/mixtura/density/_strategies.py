@@ -53,7 +53,9 @@ class Products:
         self.diagonal = scores.diagonal
         self.K, self.D = scores.means_KD.shape
         self.upper = np.triu_indices(self.D)
-        self.weights_KF = self._weights(scores).astype(self.dtype)
+        self.without_weight_K = np.isneginf(scores.constants_K)  # kept out of the product, where inf * 0 is invalid
+        constants_K = np.where(self.without_weight_K, 0.0, scores.constants_K)
+        self.weights_KF = self._weights(scores._replace(constants_K=constants_K)).astype(self.dtype)
         self.reference_KD = np.repeat(self.frame.shift_D[None], self.K, 0)
         self.n_features = self.weights_KF.shape[1]
 
@@ -93,7 +95,9 @@ class Products:
 
     def log_scores(self, features_FM: Floats) -> Floats:
         """Log scores (K, M)."""
-        return self.weights_KF @ features_FM
+        out_KM = self.weights_KF @ features_FM
+        out_KM[self.without_weight_K] = -np.inf
+        return out_KM
 
     def moments(self, responsibilities_KM: Floats, features_FM: Floats) -> Floats:
         """Sums (K, F), to be added up and given to ``unpack``."""

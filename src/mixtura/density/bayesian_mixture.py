@@ -12,7 +12,7 @@ from mixtura.core.errors import OptionError
 from mixtura.density import _init
 from mixtura.density._checks import check_number
 from mixtura.density._em import data_moments, expectation, fill_means, moments_of, threads
-from mixtura.density._files import Saved
+from mixtura.density._files import SavedMixture
 from mixtura.density._fitting import Fitting
 from mixtura.density._parameters import Scores, cholesky_factors
 from mixtura.density._queries import Queries
@@ -35,7 +35,7 @@ Floats = NDArray[np.floating]
 WEIGHTS = ("process", "dirichlet")
 
 
-class BayesianGaussianMixture(Queries, Saved, Fitting):
+class BayesianGaussianMixture(Queries, SavedMixture, Fitting):
     """A Gaussian mixture with a posterior over its parameters; components that the data do not need stay empty.
 
     Rows may have weights, missing values, labels and noise as in ``GaussianMixture``, and come as a stream.
@@ -169,6 +169,7 @@ class BayesianGaussianMixture(Queries, Saved, Fitting):
     def _set_state(self, posterior: Posterior) -> None:
         self.posterior_, self._covariances = posterior, posterior.covariances
         self.weights_, self.means_ = expected_weights(posterior), posterior.means_KD
+        self.n_features_in_ = posterior.means_KD.shape[1]
 
     def _scores(self) -> Scores:
         return expected_scores(self.posterior_, find_family(self.covariance))

@@ -13,7 +13,7 @@ from mixtura.density import _init
 from mixtura.density._checks import check_number
 from mixtura.density._em import Fit, data_moments, expectation, fill_means, moments_of
 from mixtura.density._exchange import Exchange
-from mixtura.density._files import Saved
+from mixtura.density._files import SavedMixture
 from mixtura.density._fitting import Fitting
 from mixtura.density._maximize import Model, maximize
 from mixtura.density._noise import FIRST_WEIGHT, log_uniform_density
@@ -29,7 +29,7 @@ from mixtura.density.priors import NIW
 Floats = NDArray[np.floating]
 
 
-class GaussianMixture(Queries, Exchange, Saved, Fitting):
+class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
     """A mixture of Gaussians: 14 covariance families, row weights, missing values, partial labels, priors, constraints.
 
     Args:
@@ -177,3 +177,4 @@ class GaussianMixture(Queries, Exchange, Saved, Fitting):
     def _set_state(self, parameters: Parameters) -> None:
         self.weights_, self.means_ = parameters.weights_K, parameters.means_KD
         self._covariances, self.noise_weight_ = parameters.covariances, parameters.noise_weight
+        self.n_features_in_ = parameters.means_KD.shape[1]
