@@ -18,6 +18,7 @@ from mixtura.density.pair_classifier import (
     probability_radius,
 )
 from mixtura.density.priors import NIW
+from mixtura.density.robust_self_training import RobustSelfTraining, robust_loss
 from mixtura.density.search import MixtureSearch
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "MustLink",
     "PairClassifier",
     "RegretBound",
+    "RobustSelfTraining",
     "SharedCovariance",
     "SingularComponentError",
     "TiedWeights",
@@ -46,5 +48,6 @@ __all__ = [
     "hypothesis_weight",
     "probability_radius",
     "regret_bound",
+    "robust_loss",
     "soft_labels",
 ]
