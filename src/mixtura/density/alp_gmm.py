@@ -87,35 +87,40 @@ class ALPGMM:
             raise OptionError(f"n_components must be of 1 .. fit_every={fit_every}, got {self.n_components}")
         self.mixture: GaussianMixture | None = None
         self._rng = np.random.default_rng(random_state)
-        self._tell_all(np.empty((0, len(self.low))), np.empty(0), np.empty(0))
+        self._tell_all(np.empty((len(self.low), 0)), np.empty(0), np.empty(0))
 
-    def _tell_all(self, tasks_ND: Floats, rewards_N: Floats, progress_N: Floats) -> None:
+    def _tell_all(self, units_DN: Floats, rewards_N: Floats, progress_N: Floats) -> None:
         """Set what is known; arrays grow by doubling, so that a task costs one look at those before."""
-        self._N = len(tasks_ND)
+        self._N = len(rewards_N)
         room = 2 * max(self._N, self.fit_every) - self._N
-        rows = np.column_stack([tasks_ND, rewards_N, progress_N])
-        self._history: Floats = np.pad(rows, ((0, room), (0, 0)))
+        self._history: Floats = np.pad(np.vstack([units_DN, rewards_N, progress_N]), ((0, 0), (0, room)))
+
+    @property
+    def _told(self) -> tuple[Floats, Floats, Floats]:
+        """Tasks in the unit box (D, N), rewards and progress."""
+        told = self._history[:, : self._N]
+        return told[:-2], told[-2], told[-1]
 
     @property
     def tasks(self) -> Floats:
         """Tasks told, (N, D)."""
-        return self._history[: self._N, :-2] * (self.high - self.low) + self.low
+        return self._told[0].T * (self.high - self.low) + self.low
 
     @property
     def rewards(self) -> Floats:
         """Their rewards, (N,)."""
-        return self._history[: self._N, -2].copy()
+        return self._told[1].copy()
 
     @property
     def progress(self) -> Floats:
         """Their absolute learning progress, (N,)."""
-        return self._history[: self._N, -1].copy()
+        return self._told[2].copy()
 
     def ask(self) -> Floats:
         """The next task, (D,), within the box."""
-        utilities_K = np.zeros(0) if self.mixture is None else self.mixture.means_[:, -1].clip(min=0)
+        utilities_K: Floats = np.zeros(0) if self.mixture is None else self.mixture.means_[:, -1].clip(min=0)
         if self._rng.uniform() < self.random_share or not utilities_K.any():
-            unit_D = self._rng.uniform(size=len(self.low))
+            unit_D: Floats = self._rng.uniform(size=len(self.low))
         else:
             unit_D = self._draw(self._rng.choice(len(utilities_K), p=utilities_K / utilities_K.sum()))
         return np.clip(self.low + unit_D * (self.high - self.low), self.low, self.high)
@@ -139,16 +144,12 @@ class ALPGMM:
         unit_D = self._check_task(task)
         if not isinstance(reward, int | float | np.number) or not np.isfinite(reward):
             raise OptionError(f"reward must be a finite number, got {reward!r}")
-        if len(self._history) == self._N:
-            self._tell_all(*self._columns())
-        self._history[self._N] = [*unit_D, reward, self._progress(unit_D, float(reward))]
+        if self._history.shape[1] == self._N:
+            self._tell_all(*self._told)
+        self._history[:, self._N] = [*unit_D, reward, self._progress(unit_D, float(reward))]
         self._N += 1
         if self._N % self.fit_every == 0:
             self._fit()
-
-    def _columns(self) -> tuple[Floats, Floats, Floats]:
-        told = self._history[: self._N]
-        return told[:, :-2], told[:, -2], told[:, -1]
 
     def _check_task(self, task: Any) -> Floats:
         task_D = np.asarray(task, dtype=float)
@@ -162,15 +163,16 @@ class ALPGMM:
     def _progress(self, unit_D: Floats, reward: float) -> float:
         if self._N == 0:
             return 0.0
-        tasks_ND, rewards_N, _ = self._columns()
-        distances_N = ((tasks_ND - unit_D) ** 2).sum(1)
+        units_DN, rewards_N, _ = self._told
+        steps_DN = units_DN - unit_D[:, None]
+        distances_N = np.einsum("dn,dn->n", steps_DN, steps_DN)
         nearest = self._N - 1 - int(distances_N[::-1].argmin())  # the latest of equally near ones
         return abs(reward - float(rewards_N[nearest]))
 
     def _fit(self) -> None:
         """Keep the mixture of the lowest AIC; one that cannot be fitted to these tasks is none."""
-        tasks_ND, _, progress_N = (part[-self.fit_every :] for part in self._columns())
-        rows = np.column_stack([tasks_ND, progress_N / (progress_N.max() or 1.0)])
+        units_DN, _, progress_N = (part[..., -self.fit_every :] for part in self._told)
+        rows = np.column_stack([*units_DN, progress_N / (progress_N.max() or 1.0)])
         fitted = [self._try(rows, K, int(seed)) for K, seed in zip(self.n_components, self._seeds(), strict=True)]
         found = [mixture for mixture in fitted if mixture is not None]
         self.mixture = min(found, key=lambda mixture: mixture.aic(rows)) if found else None
@@ -190,7 +192,7 @@ class ALPGMM:
         """Write options, history, mixture and the state of the generator to one safetensors file; no pickle."""
         from safetensors.numpy import save_file
 
-        tensors = dict(zip(HISTORY, map(np.ascontiguousarray, self._columns()), strict=True))
+        tensors = dict(zip(HISTORY, map(np.ascontiguousarray, self._told), strict=True))
         tensors |= {"low": self.low, "high": self.high}
         if self.mixture is not None:
             values = (self.mixture.weights_, self.mixture.means_, self.mixture.covariances_)
