@@ -185,8 +185,9 @@ def _model_class(base: type, config_class: type, base_model_type: str) -> type:
         get_checkpoint_conversion_mapping(base.__name__) or get_checkpoint_conversion_mapping(base_model_type) or []
     )
     register_checkpoint_conversion_mapping(name, around(theirs), overwrite=True)
+    doc = f"``{base.__name__}`` of which some layers are mixtures; see ``MixturaModel``."
     members = {"config_class": config_class, "__module__": __name__, "__annotations__": {"config": config_class}}
-    return _export(type(name, (MixturaModel, base), members))
+    return _export(type(name, (MixturaModel, base), {**members, "__doc__": doc}))
 
 
 def _export(cls: type) -> type:

@@ -22,8 +22,9 @@ def blank_model(recipe: Recipe) -> Any:
 
     import mixtura.hf  # noqa: F401  registers the family
 
+    config = _config(recipe.model)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(recipe.model))
+        model = AutoModelForCausalLM.from_config(config)
     return model if recipe.upcycle is None else _upcycled(model, **recipe.upcycle)
 
 
