@@ -30,6 +30,14 @@ PICO = {
     "olmoe": {},
     "mixtral": {"sliding_window": None},
 }
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+WINDOWS = {  # less than prompts of 9 tokens
+    "mistral": {"sliding_window": 5},
+    "mixtral": {"sliding_window": 2},
+    "qwen2": {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"sliding_window": 6, "use_sliding_window": True, "layer_types": MIXED},
+    "ministral": {"sliding_window": 5, "layer_types": MIXED},
+}
 
 
 def own():
@@ -51,6 +59,10 @@ MODELS = {
     **{name: lambda n=name, o=options: pico(n, **{**WIDE, **o}) for name, options in PICO.items()},
     **{f"native-{name}": lambda n=name, o=options: native(n, **{**WIDE, **o}) for name, options in NATIVE.items()},
     "own": own,
+}
+WINDOWED = {
+    **{f"window-{name}": lambda n=name, o=options: pico(n, **{**WIDE, **o}) for name, options in WINDOWS.items()},
+    "window-native-qwen2_moe": lambda: native("qwen2_moe", **WIDE, use_sliding_window=True, sliding_window=5),
 }
 
 

@@ -20,11 +20,12 @@ from pico import pico, tokens
 from pico_native import native
 
 REFUSED = {
-    "gpt2": ("positions of type None", {"n_embd": 64}),
+    "gpt2": ("parts that a plan does not know: \\['transformer'\\]", {"n_embd": 64}),
     "native-ernie4_5_moe": ("logits are off by", {}),  # it rotates neighbors, not halves
-    "gemma": ("computes something else", {}),
-    "gemma2": ("layer 0: Gemma2DecoderLayer has the parts", {}),
-    "mistral": ("sliding window", {}),
+    "glm4": ("layer 0: Glm4DecoderLayer has the parts", {}),
+    "ministral3": ("a plan does not know what llama_4_scaling_beta of its positions mean", {}),
+    "exaone4": ("layer 2 has a window of 5, its cache one of 0", {"sliding_window": 5, "sliding_window_pattern": 3}),
+    "native-hy_v4": ("its cache, a DynamicIndexedLayer, is not one", {}),
     "phi": ("parts that a plan does not know", {}),
     "llama": ("multiple of 16 units, got 8", {"head_dim": 8}),
 }

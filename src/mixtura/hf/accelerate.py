@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError
 from mixtura.hf.decode_plan import DecodePlan
 from mixtura.hf.forward import is_listened_to
-from mixtura.hf.growing_cache import GrowingLayer, grow
+from mixtura.hf.growing_cache import Growing, grow
 from mixtura.hf.quantizer import quantize_model
 from mixtura.hf.unchanged import Unchanged
 from mixtura.nn.backends.native.library import library
@@ -41,6 +41,7 @@ _KNOWN = {
 }
 _MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _PROBED = 8  # tokens
+_FAR = 32768  # position of the last of them, unless the model ends before
 
 
 def accelerate(model: Any, *, bits: int | None = None, **options: Any) -> Any:
@@ -176,6 +177,7 @@ class _Decoding:
             self.refusal = str(error)
         finally:
             model.train(training)
+            self._plan = None  # it knows more positions than are needed
         return self.refusal
 
     def _compare(self, model: Any) -> str:
@@ -185,11 +187,12 @@ class _Decoding:
         ids = torch.randint(0, vocabulary, (1, _PROBED), generator=torch.Generator().manual_seed(0))
         caches = [DynamicCache(config=model.config) for _ in range(2)]
         if not all(grow(cache) for cache in caches):
-            return "its cache has layers of another kind (sliding windows or states)"
+            return "its cache has layers of another kind (states)"
         for cache in caches:
             modules(input_ids=ids[:, :-2], past_key_values=cache)
-        for t in (-2, -1):
-            given = {"input_ids": ids[:, t : t + 1 or None], "use_cache": True}
+        far = min(getattr(model.config, "max_position_embeddings", None) or _FAR, _FAR) - 1
+        for t, place in ((-2, _PROBED - 2), (-1, far)):
+            given = {"input_ids": ids[:, t : t + 1 or None], "position_ids": torch.tensor([[place]]), "use_cache": True}
             self._output = type(expected := modules(**given, past_key_values=caches[0]))
             seen = self._step(model, {**given, "past_key_values": caches[1]})
             if isinstance(seen, str):
@@ -219,9 +222,10 @@ class _Decoding:
             return "the attention mask is not that of padding on the left"
         place = given.get("position_ids")
         positions_B = torch.full((B,), past) if place is None else place[:, 0].expand(B)
-        if self._plan is None or self._plan.rows != B or not self._plan.reaches(past):
-            self._record(model, B, past + 1)
-        return self._plan.step(tokens[:, 0], positions_B, starts_B, cache.layers)  # type: ignore[union-attr]
+        if self._plan is None or self._plan.rows != B or not self._plan.reaches(positions_B):
+            self._record(model, B, int(positions_B.max()) + 1)
+        plan: DecodePlan = self._plan  # type: ignore[assignment]
+        return plan.refusal(positions_B, cache.layers) or plan.step(tokens[:, 0], positions_B, starts_B, cache.layers)
 
     def _why_not(self, model: Any, given: Mapping[str, Any], B: int, past: int) -> str:
         asked = [
@@ -232,7 +236,8 @@ class _Decoding:
             return f"{', '.join(asked)} is asked for"
         if given.get("return_dict") is False or given.get("use_cache") is False:
             return "the output or the cache is not the usual one"
-        if not all(type(layer) is GrowingLayer for layer in given["past_key_values"].layers):
+        layers = given["past_key_values"].layers
+        if not layers or not all(isinstance(layer, Growing) for layer in layers):
             return "the cache is not one that grows in place"
         if B > MAX_ROWS:
             return f"more than {MAX_ROWS} sequences"
@@ -242,7 +247,7 @@ class _Decoding:
 
     def _record(self, model: Any, rows: int, length: int) -> None:
         self._plan = DecodePlan(model, rows, 2 * length)
-        self._unchanged = Unchanged(model)
+        self._unchanged = self._unchanged or Unchanged(model)
 
 
 def _starts(mask: Any, B: int, L: int) -> torch.Tensor | None:

@@ -4,37 +4,44 @@ Parts are known by their names and by what they hold; whatever else is there is 
 a parameter that no operation reads. That the tape computes what the modules do is measured before it is used
 (``mixtura.hf.accelerate``).
 
-B rows (sequences), D width, E experts, P width of a head, R angles of a rotation, L positions in the cache.
+B rows (sequences), D width, E experts, P width of a head, L positions in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from mixtura.core.errors import NotExpressibleError
+from mixtura.hf.decode_parts import Positions, check_parts, dense, linear, norm_of, windows
 from mixtura.hf.native import NativeMixture, expert_blocks
 from mixtura.hf.native_start import linear_gate
 from mixtura.hf.selection import LayerSelection, layer_selections
 from mixtura.hf.sites import Holder, decoder
-from mixtura.nn.backends.native.activation import activation_number
 from mixtura.nn.backends.native.experts import experts_struct, why_not
 from mixtura.nn.backends.native.quantized import quantized_struct, why_not_quantized
-from mixtura.nn.backends.native.tape import FewBits, Linear, Norm, Tape
+from mixtura.nn.backends.native.tape import Linear, Norm, Tape
 from mixtura.nn.experts.quantized import QuantizedExperts
 from mixtura.nn.mixture import Mixture
-from mixtura.nn.quantized_linear import QuantizedLinear
 from mixtura.nn.routers.base import LinearGate
 
-_ROTATIONS = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length
 _OUTSIDE = {"model", "lm_head"}
 _INSIDE = {"embed_tokens", "layers", "norm", "rotary_emb"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
-_LAYERS = [{"self_attn", "input_layernorm", "post_attention_layernorm", n} for n in ("mlp", "block_sparse_moe")]
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
+_FEEDS = {"mlp", "block_sparse_moe"}
+_NORMS = (  # before attention, behind it, before the feed-forward, behind it
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_PARALLEL = {"input_layernorm"}  # attention and feed-forward read the same
 _SHARED = ("shared_expert", "shared_experts")
+_CAPPED = {"gemma2", "vaultgemma"}  # of those with attn_logit_softcapping the ones whose attention applies it
+_Entry = tuple[torch.Tensor, Norm | None]  # what enters products: x_BD with a norm, or of the weights' type without
 
 
 class DecodePlan:
@@ -43,7 +50,10 @@ class DecodePlan:
     Args:
         model: causal language model of transformers or of the family, in evaluation.
         rows: B.
-        positions: as many as the cache is to hold at least.
+        positions: as many as the rotation is to know at least.
+
+    Attributes:
+        windows: positions that each layer sees, 0 for all.
 
     Raises:
         NotExpressibleError: if a part of it is not known, with its name.
@@ -51,17 +61,21 @@ class DecodePlan:
 
     def __init__(self, model: Any, rows: int, positions: int) -> None:
         self.tape = Tape(model.get_input_embeddings().weight.dtype, rows)
-        self.rows = rows
-        self._angles = _angles(model, max(positions, 1024))
+        self.rows, self.windows = rows, windows(model)
+        self._config = model.config.get_text_config(decoder=True)
         self._selections = layer_selections(model)
         self._blocks = expert_blocks(model)
         inner = decoder(model)
-        _check_parts(model, _OUTSIDE, "the model")
-        _check_parts(inner, _INSIDE, "the decoder")
-        x_BD = self.tape.embed(inner.embed_tokens.weight)
+        check_parts(model, _OUTSIDE, "the model")
+        check_parts(inner, _INSIDE, "the decoder")
+        self._positions = Positions(getattr(inner, "rotary_emb", None), max(positions, 1024))
+        x_BD = self.tape.embed(inner.embed_tokens.weight, _embedding_scale(inner))
+        self._sum_BD = self.tape.sum(x_BD.shape[1])
         for number, layer in enumerate(inner.layers):
-            self._layer(str(number), layer, x_BD)
-        (self.logits_BV,) = self.tape.linears(x_BD, _norm(inner.norm), [_linear(model.lm_head)])
+            self._layer(number, layer, x_BD)
+        (self._logits_BV,) = self.tape.linears(x_BD, norm_of(inner.norm), [linear(model.lm_head)])
+        self._divisor = float(getattr(self._config, "logits_scaling", None) or 1.0)
+        self._cap = float(getattr(self._config, "final_logit_softcapping", None) or math.inf)
         _check_whole(model, self.tape.used)
 
     def step(self, ids_B: torch.Tensor, positions_B: torch.Tensor, starts_B: torch.Tensor, layers: list[Any]) -> Any:
@@ -71,81 +85,140 @@ class DecodePlan:
             ids_B: tokens.
             positions_B: their positions for the rotation.
             starts_B: first position of the cache that is no padding, of each row.
-            layers: the ``GrowingLayer`` of each decoder layer; each gets one position more.
+            layers: the ``Growing`` of each decoder layer; each gets one position more.
         """
         tape, length = self.tape, layers[0].get_seq_length() + 1
         tape.ids_B.copy_(ids_B), tape.positions_B.copy_(positions_B), tape.starts_B.copy_(starts_B)
         for number, layer in enumerate(layers):
-            tape.cache(number, *layer.reserve(1, *self._like))
+            tape.cache(number, *layer.reserve(1, *self._like), layer.skipped)
         tape.run(length)
         for layer in layers:
             layer.count(1)
-        return self.logits_BV.to(tape.dtype, copy=True)
+        return self._logits().to(tape.dtype, copy=True)
 
-    def reaches(self, position: int) -> bool:
-        """Whether the angles of that position are known."""
-        return position < len(self._angles[0])
+    def reaches(self, positions_B: torch.Tensor) -> bool:
+        """Whether rotations are known as far as these positions."""
+        return int(positions_B.max()) < self._positions.count
 
-    def _layer(self, name: str, layer: nn.Module, x_BD: torch.Tensor) -> None:
-        children = {child for child, _ in layer.named_children()}
-        if children not in _LAYERS:
-            raise NotExpressibleError(
-                f"layer {name}: {type(layer).__name__} has the parts {', '.join(sorted(children))}"
-            )
-        self._attention(name, layer, x_BD)
-        norm = _norm(layer.post_attention_layernorm)
-        feed = layer.mlp if "mlp" in children else layer.block_sparse_moe
-        mixture = feed.mixture if isinstance(feed, Holder) else None
-        if isinstance(feed, Holder) and feed.dropout is not None and type(feed.dropout) is not nn.Identity:
-            raise NotExpressibleError(f"layer {name}: it has dropout")
-        if mixture is not None:
-            self._mixture(name, mixture, norm, x_BD)
-        elif name in self._blocks:
-            self._native(name, self._blocks[name], norm, x_BD)
-        else:
-            self.tape.feed_forward(x_BD, norm, *_dense(feed, f"layer {name}"), x_BD)
+    def refusal(self, positions_B: torch.Tensor, layers: list[Any]) -> str:
+        """Why the plan cannot take a step from there; "" if it can."""
+        if len(layers) != len(self.windows):
+            return f"the cache has {len(layers)} layers, the model {len(self.windows)}"
+        for window, layer in zip(self.windows, layers, strict=True):
+            if getattr(layer, "sliding_window", window) != window:
+                return f"the cache has a window of {layer.sliding_window}, the model one of {window}"
+        return self._positions.refusal(positions_B)
 
-    def _attention(self, name: str, layer: nn.Module, x_BD: torch.Tensor) -> None:
-        attention = layer.self_attn
-        _check_parts(attention, _ATTENTION, f"the attention of layer {name}")
-        if getattr(attention, "sliding_window", None):
-            raise NotExpressibleError(f"layer {name}: its attention has a sliding window")
-        width = attention.head_dim
-        projections = [_linear(getattr(attention, part)) for part in ("q_proj", "k_proj", "v_proj")]
-        query, key, value = self.tape.linears(x_BD, _norm(layer.input_layernorm), projections)
-        norms = tuple(_norm(getattr(attention, part, None)) for part in ("q_norm", "k_norm"))
+    def _logits(self) -> torch.Tensor:
+        if self._divisor == 1 and self._cap == math.inf:
+            return self._logits_BV
+        logits_BV = self._logits_BV / self._divisor
+        return logits_BV if self._cap == math.inf else torch.tanh(logits_BV / self._cap) * self._cap
+
+    def _layer(self, number: int, layer: nn.Module, x_BD: torch.Tensor) -> None:
+        name, parts = str(number), _parts_of_layer(layer)
+        feeds, norms = parts & _FEEDS, parts - _FEEDS - {"self_attn"}
+        order = next((order for order in _NORMS if norms == {n for n in order if n}), None)
+        if "self_attn" not in parts or len(feeds) != 1 or (order is None and norms != _PARALLEL):
+            raise NotExpressibleError(f"layer {name}: {type(layer).__name__} has the parts {', '.join(sorted(parts))}")
+        factor = float(getattr(layer, "residual_multiplier", 1.0))
+        if order is None:
+            entry: _Entry = (self.tape.norm(x_BD, norm_of(layer.input_layernorm)), None)
+            self._added(x_BD, None, factor, lambda out_BD: self._attention(number, layer, entry, out_BD))
+            self._added(x_BD, None, factor, lambda out_BD: self._feed(name, layer, entry, out_BD))
+            return
+        before, behind, before_feed, behind_feed = (norm_of(getattr(layer, n) if n else None) for n in order)
+        entered = self._entry(x_BD, before)
+        self._added(x_BD, behind, factor, lambda out_BD: self._attention(number, layer, entered, out_BD))
+        entering = self._entry(x_BD, before_feed)
+        self._added(x_BD, behind_feed, factor, lambda out_BD: self._feed(name, layer, entering, out_BD))
+
+    def _entry(self, x_BD: torch.Tensor, norm: Norm | None) -> _Entry:
+        return (x_BD, norm) if norm is not None else (self.tape.norm(x_BD, None), None)
+
+    def _added(
+        self, x_BD: torch.Tensor, norm: Norm | None, factor: float, operation: Callable[[torch.Tensor], None]
+    ) -> None:
+        """x += factor times what the operation adds to its argument, normalized."""
+        if norm is None and factor == 1:
+            return operation(x_BD)
+        operation(self._sum_BD)
+        return self.tape.fold(self._sum_BD, norm, x_BD, factor)
+
+    def _attention(self, number: int, layer: nn.Module, entry: _Entry, out_BD: torch.Tensor) -> None:
+        attention, where = layer.self_attn, f"the attention of layer {number}"
+        check_parts(attention, _ATTENTION, where)
+        width, window = attention.head_dim, self.windows[number]
+        if (getattr(attention, "sliding_window", window) or 0) != window:
+            raise NotExpressibleError(f"{where} has a window of {attention.sliding_window}, its cache one of {window}")
+        cap = getattr(attention, "attn_logit_softcapping", None)
+        if cap and self._family() not in _CAPPED:
+            raise NotExpressibleError(f"{where} bounds its scores in a way that is not known")
+        query, key, value = self.tape.linears(*entry, _projections(attention))
+        norms = tuple(norm_of(getattr(attention, part, None)) for part in ("q_norm", "k_norm"))
         whole = norms[0] is not None and norms[0].weight is not None and len(norms[0].weight) != width
-        out = self.tape.attention(
-            query, key, value, width=width, angles=self._angles, scale=attention.scaling, norms=norms, whole=whole
+        rotates = getattr(attention, "use_rope", True)
+        mixed_BN = self.tape.attention(
+            query,
+            key,
+            value,
+            width=width,
+            angles=self._positions.angles(self._kind(number)) if rotates else None,
+            scale=attention.scaling,
+            norms=norms,
+            whole=whole,
+            window=window,
+            softcap=cap or 0.0,
+            sinks_H=getattr(attention, "sinks", None),
         )
-        self.tape.linear_add(out, _linear(attention.o_proj), x_BD)
-        heads = key.shape[1] // width
-        like = torch.empty(self.tape.rows, heads, 0, width, dtype=self.tape.dtype)
+        self.tape.linear_add(mixed_BN, linear(attention.o_proj), out_BD)
+        like = torch.empty(self.tape.rows, key.shape[1] // width, 0, width, dtype=self.tape.dtype)
         self._like = (like, like)
 
-    def _mixture(self, name: str, mixture: Mixture, norm: Norm | None, x_BD: torch.Tensor) -> None:
+    def _family(self) -> str:
+        return getattr(self._config, "base_model_type", None) or self._config.model_type
+
+    def _kind(self, number: int) -> str | None:
+        kinds = getattr(self._config, "layer_types", None)
+        return None if kinds is None else kinds[number]
+
+    def _feed(self, name: str, layer: nn.Module, entry: _Entry, out_BD: torch.Tensor) -> None:
+        feed = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+        if isinstance(feed, Holder) and feed.dropout is not None and type(feed.dropout) is not nn.Identity:
+            raise NotExpressibleError(f"layer {name}: it has dropout")
+        if isinstance(feed, Holder):
+            self._mixture(name, feed.mixture, self._typed(entry), out_BD)
+        elif name in self._blocks:
+            self._native(name, self._blocks[name], self._typed(entry), out_BD)
+        else:
+            self.tape.feed_forward(*entry, *dense(feed, f"layer {name}"), out_BD)
+
+    def _typed(self, entry: _Entry) -> torch.Tensor:
+        x_BD, norm = entry
+        return x_BD if norm is None else self.tape.norm(x_BD, norm)
+
+    def _mixture(self, name: str, mixture: Mixture, h_BD: torch.Tensor, out_BD: torch.Tensor) -> None:
         gate = mixture.router.gate
         if not isinstance(gate, LinearGate):
             raise NotExpressibleError(f"layer {name}: the gate of its router is no linear one")
-        h_BD = self.tape.norm(x_BD, norm)  # type: ignore[arg-type]
-        self._experts(self._selections[name], Linear(gate.weight, gate.bias), mixture.experts, h_BD, x_BD)
+        self._experts(self._selections[name], Linear(gate.weight, gate.bias), mixture.experts, h_BD, out_BD)
         if mixture.shared is not None:
-            self.tape.feed_forward(h_BD, None, *_dense(mixture.shared, f"layer {name}: the shared expert"), x_BD)
+            self.tape.feed_forward(h_BD, None, *dense(mixture.shared, f"layer {name}: the shared expert"), out_BD)
 
-    def _native(self, name: str, block: NativeMixture, norm: Norm | None, x_BD: torch.Tensor) -> None:
+    def _native(self, name: str, block: NativeMixture, h_BD: torch.Tensor, out_BD: torch.Tensor) -> None:
         shared = [part for part in _SHARED if hasattr(block.block, part)]
-        _check_parts(block.block, {block.router_name, "experts", "shared_expert_gate", *shared}, f"layer {name}")
-        h_BD = self.tape.norm(x_BD, norm)  # type: ignore[arg-type]
-        self._experts(self._selections[name], Linear(*linear_gate(block, name)), block.experts, h_BD, x_BD)
+        check_parts(block.block, {block.router_name, "experts", "shared_expert_gate", *shared}, f"layer {name}")
+        self._experts(self._selections[name], Linear(*linear_gate(block, name)), block.experts, h_BD, out_BD)
         for part in shared:
             by_row = None
             if hasattr(block.block, "shared_expert_gate"):
-                (by_row,) = self.tape.linears(h_BD, None, [_linear(block.block.shared_expert_gate)])
-            dense = _dense(getattr(block.block, part), f"layer {name}: {part}")
-            self.tape.feed_forward(h_BD, None, *dense, x_BD, by_row)
+                (by_row,) = self.tape.linears(h_BD, None, [linear(block.block.shared_expert_gate)])
+            self.tape.feed_forward(
+                h_BD, None, *dense(getattr(block.block, part), f"layer {name}: {part}"), out_BD, by_row
+            )
 
     def _experts(
-        self, selection: LayerSelection, gate: Linear, experts: nn.Module, h_BD: torch.Tensor, x_BD: torch.Tensor
+        self, selection: LayerSelection, gate: Linear, experts: nn.Module, h_BD: torch.Tensor, out_BD: torch.Tensor
     ) -> None:
         spec = selection.require("a plan")
         quantized = isinstance(experts, QuantizedExperts)
@@ -153,67 +226,31 @@ class DecodePlan:
             raise NotExpressibleError(f"layer {selection.layer}: {reason}")
         struct = quantized_struct(experts, h_BD.dtype) if quantized else experts_struct(experts)
         (logits_BE,) = self.tape.linears(h_BD, None, [gate])
-        self.tape.mixture(h_BD, logits_BE, spec, selection.bias_E, struct, x_BD)
+        self.tape.mixture(h_BD, logits_BE, spec, selection.bias_E, struct, out_BD)
         self.tape.used += list(experts.parameters())
 
 
-def _norm(module: nn.Module | None) -> Norm | None:
-    if module is None:
-        return None
-    if isinstance(module, nn.LayerNorm):
-        return Norm("layer", module.weight, module.bias, module.eps)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or eps is None or len(list(module.parameters())) != 1:
-        raise NotExpressibleError(f"{type(module).__name__} is no normalization that a plan knows")
-    x = torch.linspace(-2, 3, len(module.weight), dtype=module.weight.dtype)
-    plain = torch.nn.functional.rms_norm(x.float(), x.shape, eps=eps)
-    offset = min((0.0, 1.0), key=lambda o: float((plain * (module.weight.float() + o) - module(x).float()).abs().max()))
-    return Norm("rms", module.weight, None, eps, offset)
+def _parts_of_layer(layer: nn.Module) -> set[str]:
+    return {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout | nn.Identity)}
 
 
-def _linear(module: nn.Module) -> Linear | FewBits:
-    if isinstance(module, QuantizedLinear):
-        return module.few_bits()
-    if type(module) is not nn.Linear:
-        raise NotExpressibleError(f"{type(module).__name__} stands where a plan needs a plain Linear")
-    return Linear(module.weight, module.bias)
+def _embedding_scale(inner: Any) -> float:
+    """What rows of the embeddings are multiplied with; a family has it in the embeddings or in the decoder."""
+    scale = torch.as_tensor(getattr(inner.embed_tokens, "embed_scale", 1.0)).to(inner.embed_tokens.weight.dtype)
+    return float(scale) * float(getattr(inner, "embedding_multiplier", 1.0))
 
 
-def _dense(
-    module: nn.Module, where: str
-) -> tuple[tuple[Linear | FewBits | None, Linear | FewBits, Linear | FewBits], int]:
-    """Projections and activation of a gated or plain feed-forward."""
-    _check_parts(module, {"gate_proj", "up_proj", "down_proj", "act_fn"}, where)
-    gate = getattr(module, "gate_proj", None)
-    number = activation_number(module.act_fn)
-    if number is None:
-        raise NotExpressibleError(f"{where}: its activation is not one that a plan knows")
-    return (None if gate is None else _linear(gate), _linear(module.up_proj), _linear(module.down_proj)), number
-
-
-def _check_parts(module: nn.Module, known: Iterable[str], where: str) -> None:
-    if others := sorted({name for name, _ in module.named_children()} - set(known)):
-        raise NotExpressibleError(f"{where} ({type(module).__name__}) has parts that a plan does not know: {others}")
+def _projections(attention: nn.Module) -> list[Any]:
+    """Of queries, keys and values; a fused projection is parted."""
+    if not hasattr(attention, "qkv_proj"):
+        return [linear(getattr(attention, part)) for part in ("q_proj", "k_proj", "v_proj")]
+    fused = linear(attention.qkv_proj)
+    queries = attention.o_proj.in_features
+    keys = (fused.out - queries) // 2
+    return [fused.rows(*span) for span in ((0, queries), (queries, queries + keys), (queries + keys, fused.out))]
 
 
 def _check_whole(model: nn.Module, used: Iterable[torch.Tensor]) -> None:
     read = {tensor.data_ptr() for tensor in used}
     if unread := [name for name, tensor in model.named_parameters() if tensor.data_ptr() not in read]:
         raise NotExpressibleError(f"no operation of a plan reads {', '.join(unread[:3])} ({len(unread)} in all)")
-
-
-def _angles(model: Any, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (positions, R) in float32."""
-    rotary = getattr(decoder(model), "rotary_emb", None)
-    kind = getattr(rotary, "rope_type", None)
-    if kind not in _ROTATIONS:
-        raise NotExpressibleError(
-            f"positions of type {kind!r} are not those that a plan knows ({', '.join(_ROTATIONS)})"
-        )
-    place = torch.arange(positions, device=model.device)[None]
-    made = rotary(torch.zeros(1, 1, 1, device=model.device), place)
-    if not isinstance(made, tuple) or len(made) != 2:
-        raise NotExpressibleError(f"{type(rotary).__name__} gives no cosines and sines")
-    cosine, sine = made
-    half = cosine.shape[-1] // 2
-    return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()

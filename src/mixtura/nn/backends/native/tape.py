@@ -16,11 +16,12 @@ import torch
 from mixtura.core.errors import NotExpressibleError
 from mixtura.core.selection import SelectionSpec
 from mixtura.nn.backends.native.library import ExpertsStruct, library
-from mixtura.nn.backends.native.quantized import QuantizedStruct
+from mixtura.nn.backends.native.quantized import CodesStruct, QuantizedStruct
 
 MAX_ROWS = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_PANEL = 16  # rows of codes side by side
 _SELECTION = SelectionSpec(k=1)  # the defaults of what no operation does
 
 
@@ -33,7 +34,7 @@ def _same(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 
 # in the order of mixtura_decode.h
-NormStruct = _struct("Norm", *_same(_POINTER, "weight bias"), *_same(_F32, "eps offset"), *_same(_I32, "kind unused"))
+NormStruct = _struct("Norm", *_same(_POINTER, "weight bias"), *_same(_F32, "eps offset"), *_same(_I32, "kind float32"))
 LinearStruct = _struct(
     "Linear", *_same(_POINTER, "weight bias quantized"), *_same(_I64, "out inp"), *_same(_I32, "float32 unused")
 )
@@ -51,8 +52,8 @@ _Attention = _struct(
     "Attention",
     *_same(_POINTER, "query key value out"),
     *_same(NormStruct, "query_norm key_norm"),
-    *_same(_POINTER, "cosine sine keys values parts"),
-    *_same(_I64, "capacity heads groups width rotated window"),
+    *_same(_POINTER, "cosine sine sinks keys values parts"),
+    *_same(_I64, "capacity skipped heads groups width rotated window"),
     *_same(_F32, "scale softcap"),
     *_same(_I32, "whole unused"),
 )
@@ -74,6 +75,15 @@ _Mixture = _struct(
     *_same(_I32, "sigmoid choose_by_logits renormalize unused"),
     *_same(_F32, "scale unused_too"),
 )
+_Fold = _struct(
+    "Fold",
+    ("sum", _POINTER),
+    ("dim", _I64),
+    ("norm", NormStruct),
+    ("x", _POINTER),
+    ("factor", _F32),
+    ("unused", _I32),
+)
 _Instruction = _struct("Instruction", ("op", _I64), ("operands", _POINTER))
 _Tape = _struct(
     "Tape",
@@ -84,7 +94,10 @@ _Tape = _struct(
     *_same(_POINTER, "ids positions starts scratch"),
     *_same(_I64, "scratch_bytes"),
 )
-_OPERATIONS = {_Embed: 0, _Normalize: 1, _Linears: 2, _Attention: 3, _LinearAdd: 4, _FeedForward: 5, _Mixture: 6}
+_OPERATIONS = {
+    kind: number
+    for number, kind in enumerate([_Embed, _Normalize, _Linears, _Attention, _LinearAdd, _FeedForward, _Mixture, _Fold])
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +131,10 @@ class Linear:
         """N."""
         return len(self.weight_NK)
 
+    def rows(self, begin: int, end: int) -> Linear:
+        """The layer that has some of the outputs."""
+        return Linear(self.weight_NK[begin:end], None if self.bias_N is None else self.bias_N[begin:end])
+
 
 @dataclasses.dataclass(frozen=True)
 class FewBits:
@@ -136,6 +153,16 @@ class FewBits:
     inputs: int
     tensors: tuple[torch.Tensor, ...]
     bias_N: torch.Tensor | None = None
+
+    def rows(self, begin: int, end: int) -> FewBits:
+        """The layer that has some of the outputs, from a multiple of 16 on, where a panel of codes begins."""
+        if begin % _PANEL:
+            raise NotExpressibleError(f"a matrix of few bits is parted at multiples of {_PANEL} rows, not at {begin}")
+        panels, struct = -(-self.out // _PANEL), QuantizedStruct.from_buffer_copy(self.struct)
+        parts = (t.data_ptr() + t.nbytes // panels * (begin // _PANEL) for t in self.tensors)
+        struct.first = CodesStruct(*parts)
+        bias_N = None if self.bias_N is None else self.bias_N[begin:end]
+        return FewBits(struct, end - begin, self.inputs, self.tensors, bias_N)
 
 
 class Tape:
@@ -172,11 +199,20 @@ class Tape:
         self._add(_Embed(self._weight(table_VD), table_VD.shape[1], x_BD.data_ptr(), scale))
         return x_BD
 
-    def norm(self, x_BD: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """Normalized, in the type of the weights."""
+    def norm(self, x_BD: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """Normalized or as it is, in the type of the weights."""
         h_BD = self._buffer(x_BD.shape[1])
         self._add(_Normalize(x_BD.data_ptr(), x_BD.shape[1], self._norm(norm), h_BD.data_ptr()))
         return h_BD
+
+    def sum(self, width: int) -> torch.Tensor:
+        """Zeros in float32 that operations can add to in place of ``x_BD``; ``fold`` makes them zeros again."""
+        return self._buffer(width, wide=True)
+
+    def fold(self, sum_BD: torch.Tensor, norm: Norm | None, x_BD: torch.Tensor, factor: float = 1.0) -> None:
+        """x += factor times the sum, which is normalized before."""
+        pointers = (sum_BD.data_ptr(), sum_BD.shape[1], self._norm(norm), x_BD.data_ptr())
+        self._add(_Fold(*pointers, factor))
 
     def linears(self, x_BD: torch.Tensor, norm: Norm | None, linears: Sequence[Linear | FewBits]) -> list[torch.Tensor]:
         """Up to 4 products of one input, in float32; with a norm the input is that too, else of the weights' type."""
@@ -193,12 +229,13 @@ class Tape:
         value: torch.Tensor,
         *,
         width: int,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
         scale: float,
         norms: tuple[Norm | None, Norm | None] = (None, None),
         whole: bool = False,
         window: int = 0,
         softcap: float = 0.0,
+        sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rotate, write to the cache, attend; (B, H P) in the type of the weights.
 
@@ -207,22 +244,27 @@ class Tape:
             key: (B, V P).
             value: (B, V P).
             width: P of a head, a multiple of 16.
-            angles: cosines and sines, (positions, R).
+            angles: cosines and sines, (positions, R), or None for no rotation.
             scale: of the scores.
             norms: of queries and keys.
             whole: whether these go over all heads together.
             window: positions that are seen, 0 for all.
             softcap: bound of the scores by tanh, 0 for none.
+            sinks_H: scores of no position, of the type of the weights.
         """
         if width % 16:
             raise NotExpressibleError(f"heads must have a multiple of 16 units, got {width}")
+        if angles is not None and 2 * angles[0].shape[1] > width:
+            raise NotExpressibleError(f"heads of {width} units cannot be rotated by {angles[0].shape[1]} angles")
         out = self._buffer(query.shape[1])
         pointers = [t.data_ptr() for t in (query, key, value, out)]
-        cosine, sine = (self._float(a) for a in angles)
-        heads, groups, rotated = query.shape[1] // width, key.shape[1] // width, angles[0].shape[1]
-        struct = _Attention(*pointers, *map(self._norm, norms), cosine, sine, None, None, None, 0, heads, groups)
-        struct.width, struct.rotated, struct.window = width, rotated, window
-        struct.scale, struct.softcap, struct.whole = scale, softcap, whole
+        struct = _Attention(*pointers, *map(self._norm, norms))
+        if angles is not None:
+            struct.cosine, struct.sine, struct.rotated = *map(self._float, angles), angles[0].shape[1]
+        if sinks_H is not None:
+            struct.sinks = self._weight(sinks_H)
+        struct.heads, struct.groups, struct.width = query.shape[1] // width, key.shape[1] // width, width
+        struct.window, struct.scale, struct.softcap, struct.whole = window, scale, softcap, whole
         self._attentions.append(struct)
         self._add(struct)
         return out
@@ -282,10 +324,18 @@ class Tape:
         self._mixtures.append(struct)
         self._add(struct)
 
-    def cache(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Where the n-th attention finds and leaves keys and values: (B, V, capacity, P), contiguous."""
+    def cache(self, layer: int, keys: torch.Tensor, values: torch.Tensor, skipped: int = 0) -> None:
+        """Where the n-th attention finds and leaves keys and values.
+
+        Args:
+            layer: n.
+            keys: (B, V, capacity, P), contiguous.
+            values: the same.
+            skipped: position of the sequence that stands at their beginning.
+        """
         struct = self._attentions[layer]
-        struct.keys, struct.values, struct.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
+        struct.capacity, struct.skipped = keys.shape[2], skipped
 
     def run(self, length: int) -> None:
         """One step; ``ids_B``, ``positions_B`` and ``starts_B`` are set, and the caches have room.
@@ -347,15 +397,18 @@ class Tape:
 
     def _float(self, tensor: torch.Tensor) -> int:
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise NotExpressibleError(f"a bias of a selection must be contiguous float32, got {tensor.dtype}")
+            raise NotExpressibleError(f"what a tape reads in float32 must be contiguous float32, got {tensor.dtype}")
         self.used.append(tensor)
         return tensor.data_ptr()
 
     def _norm(self, norm: Norm | None) -> Any:
         if norm is None:
             return NormStruct()
-        weight, bias = (None if t is None else self._weight(t) for t in (norm.weight, norm.bias))
-        return NormStruct(weight, bias, norm.eps, norm.offset, {"rms": 1, "layer": 2}[norm.kind])
+        tensors = [t for t in (norm.weight, norm.bias) if t is not None]
+        wide = self.dtype != torch.float32 and any(t.dtype == torch.float32 for t in tensors)
+        take = self._float if wide else self._weight
+        weight, bias = (None if t is None else take(t) for t in (norm.weight, norm.bias))
+        return NormStruct(weight, bias, norm.eps, norm.offset, {"rms": 1, "layer": 2}[norm.kind], wide)
 
     def _linear(self, linear: Linear | FewBits) -> Any:
         if isinstance(linear, FewBits):

@@ -55,16 +55,12 @@ template <class T> struct Attention {
   const Member &me;
   const mixtura_attention &op;
   const i64 B = me.rows(), H = op.heads, G = op.heads / op.groups, P = op.width, L = me.tape.length;
-  const i64 chunks = (L + CHUNK - 1) / CHUNK;
+  const i64 seen = op.window && op.window < L ? L - op.window : 0;  // the first position that the window reaches
+  const i64 before = seen / CHUNK, chunks = (L + CHUNK - 1) / CHUNK - before;
 
   void operator()() const {
     me.share(B * op.groups * chunks, [&](i64 i) { part(i / chunks / op.groups, i / chunks % op.groups, i % chunks); });
     me.share(B * op.groups, [&](i64 i) { join(i / op.groups, i % op.groups); });
-  }
-
-  i64 first(i64 b) const {
-    const i64 seen = op.window && op.window < L ? L - op.window : 0;
-    return most(seen, me.tape.starts[b]);
   }
 
   // Norm and rotation of a head. A norm over all heads is computed from all of them again by each part.
@@ -96,16 +92,21 @@ template <class T> struct Attention {
       of[P] = -__builtin_inff(), of[P + 1] = 0;
       std::memset(of, 0, sizeof(float) * P);
     }
-    const i64 begin = most(first(b), chunk * CHUNK), end = least(L, (chunk + 1) * CHUNK);
-    for (i64 s = begin; s < end; s += SCORED) block(query, keys + s * P, values + s * P, least(SCORED, end - s), score, result);
+    const i64 begin = most(most(seen, me.tape.starts[b]), (before + chunk) * CHUNK);
+    const i64 end = least(L, (before + chunk + 1) * CHUNK);
+    for (i64 s = begin; s < end; s += SCORED) {
+      const i64 at = (s - op.skipped) * P;
+      block(query, keys + at, values + at, least(SCORED, end - s), score, result);
+    }
   }
 
   void write(i64 b, i64 v, T *keys, T *values, float *room) const {
     prepare(op.key_norm, op.key + b * op.groups * P, op.groups, v, b, room);
     const float *value = op.value + (b * op.groups + v) * P;
+    const i64 at = (L - 1 - op.skipped) * P;
     for (i64 p = 0; p < P; p += W) {
-      store(keys + (L - 1) * P + p, load(room + p));
-      store(values + (L - 1) * P + p, load(value + p));
+      store(keys + at + p, load(room + p));
+      store(values + at + p, load(value + p));
     }
   }
 
@@ -164,7 +165,8 @@ template <class T> struct Attention {
   void join(i64 b, i64 v) const {
     for (i64 g = 0; g < G; g++) {
       const float *parts = op.parts + (b * op.groups + v) * chunks * G * (P + 2) + g * (P + 2);
-      float largest = -__builtin_inff(), weight = 0;
+      const float sink = op.sinks ? load1((const T *)op.sinks + v * G + g) : -__builtin_inff();
+      float largest = sink, weight = 0;
       for (i64 c = 0; c < chunks; c++) {
         const float x = parts[c * G * (P + 2) + P];
         largest = x > largest ? x : largest;
@@ -173,6 +175,7 @@ template <class T> struct Attention {
         const float *of = parts + c * G * (P + 2);
         weight += exp(set(of[P] - largest))[0] * of[P + 1];
       }
+      if (op.sinks) weight += exp(set(sink - largest))[0];
       T *out = (T *)op.out + (b * H + v * G + g) * P;
       for (i64 p = 0; p < P; p += W) {
         V sum = {};
@@ -202,6 +205,7 @@ template <class T> void run_tape(const mixtura_tape *tape, mixtura_team *team) {
         case MIXTURA_LINEAR_ADD: linear_add<T>(me, *(const mixtura_linear_add *)operands); break;
         case MIXTURA_FEED_FORWARD: feed_forward<T>(me, *(const mixtura_feed_forward *)operands); break;
         case MIXTURA_MIXTURE: mixture<T>(me, *(const mixtura_mixture *)operands); break;
+        case MIXTURA_FOLD: fold<T>(me, *(const mixtura_fold *)operands); break;
       }
     }
   }

@@ -8,6 +8,7 @@ namespace {
 
 int64_t up_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The K best of E by falling score, ties to the lowest index.
 void best(const float *choice, int64_t E, int64_t K, int64_t *indices) {
@@ -103,7 +104,9 @@ int64_t mixtura_tape_scratch(const mixtura_tape *tape, int64_t rows) {
 }
 
 int64_t mixtura_attention_parts(const mixtura_attention *a, int64_t rows, int64_t capacity) {
-  return rows * a->heads * ((capacity + MIXTURA_CHUNK - 1) / MIXTURA_CHUNK) * (a->width + 2);
+  int64_t chunks = (capacity + MIXTURA_CHUNK - 1) / MIXTURA_CHUNK;
+  if (a->window) chunks = least(chunks, (a->window + MIXTURA_CHUNK - 2) / MIXTURA_CHUNK + 1);
+  return rows * a->heads * chunks * (a->width + 2);
 }
 
 int mixtura_run_tape(const mixtura_tape *tape) {

@@ -69,10 +69,13 @@ template <class T, class Out> void normalize(const mixtura_norm &norm, const flo
     squares += v * v;
   }
   const float factor = norm.kind ? 1.f / __builtin_sqrtf(total(squares) / n + norm.eps) : 1.f;
+  const auto at = [&](const void *p, i64 i) {
+    return norm.float32 ? load_some((const float *)p + i, n - i) : load_some((const T *)p + i, n - i);
+  };
   for (i64 i = 0; i < n; i += W) {
     V v = (load_some(x + i, n - i) - mean) * factor;
-    if (norm.weight) v *= load_some((const T *)norm.weight + i, n - i) + norm.offset;
-    if (norm.bias) v += load_some((const T *)norm.bias + i, n - i);
+    if (norm.weight) v *= at(norm.weight, i) + norm.offset;
+    if (norm.bias) v += at(norm.bias, i);
     store_some(y + i, v, n - i);
   }
 }
@@ -181,6 +184,18 @@ template <class T> void embed(const Member &me, const mixtura_embed &op) {
 template <class T> void norm(const Member &me, const mixtura_normalize &op) {
   me.share(me.rows(),
            [&](i64 b) { normalize<T>(op.norm, op.x + b * op.dim, op.dim, (T *)op.out + b * op.dim); });
+}
+
+template <class T> void fold(const Member &me, const mixtura_fold &op) {
+  me.share(me.rows(), [&](i64 b) {
+    float *sum = op.sum + b * op.dim, *x = op.x + b * op.dim;
+    normalize<T>(op.norm, sum, op.dim, sum);
+    for (i64 i = 0; i < op.dim; i += W) {
+      const i64 n = op.dim - i;
+      store_some(x + i, load_some(x + i, n) + load_some(sum + i, n) * op.factor, n);
+    }
+    std::memset(sum, 0, sizeof(float) * op.dim);
+  });
 }
 
 template <class T> void linears(const Member &me, const mixtura_linears &op) {

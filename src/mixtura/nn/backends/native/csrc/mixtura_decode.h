@@ -15,11 +15,12 @@ enum { MIXTURA_MAX_ROWS = 64 };
 
 enum mixtura_norm_kind { MIXTURA_NO_NORM = 0, MIXTURA_RMS_NORM = 1, MIXTURA_LAYER_NORM = 2 };
 
-// weight * (x - mean) / deviation + bias; of RMS (weight + offset) * x / root mean square.
+// weight * (x - mean) / deviation + bias; of RMS (weight + offset) * x / root mean square. float32: weight and bias are,
+// whatever the type of the tape is.
 typedef struct {
   const void *weight, *bias;
   float eps, offset;
-  int32_t kind, unused;
+  int32_t kind, float32;
 } mixtura_norm;
 
 // y = weight x + bias, weight (out, in). float32: weight and bias are, whatever the type of the tape is. quantized: codes
@@ -38,7 +39,8 @@ enum mixtura_op {
   MIXTURA_ATTENTION = 3,
   MIXTURA_LINEAR_ADD = 4,
   MIXTURA_FEED_FORWARD = 5,
-  MIXTURA_MIXTURE = 6
+  MIXTURA_MIXTURE = 6,
+  MIXTURA_FOLD = 7
 };
 
 typedef struct {
@@ -66,16 +68,17 @@ typedef struct {
 } mixtura_linears;
 
 // Rotates (the first 2 R of P units, halves against halves), writes to the cache, attends. Norms are over a head or, if
-// whole, over all heads together.
+// whole, over all heads together. A cache may begin later than the sequence: positions that no window reaches are gone.
 typedef struct {
   float *query, *key;  // (B, H P), (B, V P)
   const float *value;  // (B, V P)
   void *out;           // (B, H P), of the type of the tape
   mixtura_norm query_norm, key_norm;
   const float *cosine, *sine;  // (positions, R)
-  void *keys, *values;         // (B, V, capacity, P), at L - 1 this step's
+  const void *sinks;           // (H,), scores of no position, which take their share of the weights; or null
+  void *keys, *values;         // (B, V, capacity, P), of positions from `skipped` on; at L - 1 this step's
   float *parts;                // workspace, (B, V, chunks, H / V, P + 2)
-  int64_t capacity, heads, groups, width, rotated, window;  // window: positions seen at most, 0 for all
+  int64_t capacity, skipped, heads, groups, width, rotated, window;  // window: positions seen at most, 0 for all
   float scale, softcap;                                     // softcap: 0 for none
   int32_t whole, unused;
 } mixtura_attention;
@@ -111,6 +114,16 @@ typedef struct {
   int32_t sigmoid, choose_by_logits, renormalize, unused;
   float scale, unused_too;
 } mixtura_mixture;
+
+// x += factor * norm(sum), and the sum is zeros again: what other operations added to it comes in behind a norm.
+typedef struct {
+  float *sum;  // (B, D)
+  int64_t dim;
+  mixtura_norm norm;
+  float *x;  // (B, D)
+  float factor;
+  int32_t unused;
+} mixtura_fold;
 
 typedef struct {
   int64_t op;  // of mixtura_op
