@@ -1,6 +1,7 @@
 """Gaussian mixtures with scikit-learn's interface: 14 covariance families, weights, missing values, labels, streams."""
 
 from mixtura.density.alp_gmm import ALPGMM
+from mixtura.density.ambient import ambient_loss, at_level, consistency_loss, denoise, noise_levels
 from mixtura.density.batch import GaussianMixtureBatch
 from mixtura.density.bayes_mixture import BayesMixture, RegretBound, hypothesis_weight, regret_bound
 from mixtura.density.bayesian_mixture import BayesianGaussianMixture
@@ -42,10 +43,15 @@ __all__ = [
     "SharedCovariance",
     "SingularComponentError",
     "TiedWeights",
+    "ambient_loss",
     "as_gate",
+    "at_level",
+    "consistency_loss",
+    "denoise",
     "epistemic_confidence",
     "epistemic_covariance",
     "hypothesis_weight",
+    "noise_levels",
     "probability_radius",
     "regret_bound",
     "robust_loss",
