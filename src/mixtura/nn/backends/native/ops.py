@@ -10,10 +10,12 @@ T tokens, D width, E experts, K slots a token, S = T K slots, F expert width, C 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from mixtura.core.errors import NotExpressibleError, ShapeError
 from mixtura.nn.backends.native.library import ExpertsStruct, GradientsStruct, library
@@ -236,5 +238,20 @@ torch.library.register_autograd("mixtura::experts", _gradient, setup_context=_se
 torch.library.register_autograd(
     "mixtura::experts_backward", _no_second_gradient, setup_context=lambda ctx, inputs, output: None, lib=_OPERATORS
 )
+
+
+def _flops(
+    _hidden: Any, indices: list[int], _weights: Any, first: list[int], down: list[int], *args: Any, **kwargs: Any
+) -> int:
+    """From shapes: of products, as torch counts them, as if no slot were empty."""
+    return 2 * math.prod(indices) * (math.prod(first[1:]) + math.prod(down[1:]))
+
+
+def _flops_backward(_out: Any, _kept: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _flops(*args)
+
+
+register_flop_formula(torch.ops.mixtura.experts)(_flops)
+register_flop_formula(torch.ops.mixtura.experts_backward)(_flops_backward)
 OPERATOR = torch.ops.mixtura.experts.default
 OPERATOR_BACKWARD = torch.ops.mixtura.experts_backward.default
