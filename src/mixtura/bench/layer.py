@@ -1,11 +1,16 @@
 """One layer of SwiGLU experts, forward, against everybody who computes such layers on a CPU.
 
+With 8 and 4 bits, ours and onnxruntime have the same codes (groups of 32 inputs), zentorch one scale for each row of
+its own choice; errors are those of all bits in bfloat16, which transformers computes beside.
+
 T tokens, D width, E experts, K slots a token, F expert width.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,11 +25,16 @@ from mixtura.bench.measuring import Contestant, Here, Watch, interleave
 from mixtura.bench.peers import PeerError, There, Worker, worker
 from mixtura.bench.report import Case
 from mixtura.nn.backends import automatic_backend
+from mixtura.nn.experts.quantization import Quantization
+from mixtura.nn.experts.quantized import QuantizedExperts, quantize_experts
 
 SHAPES = {"A": (512, 1024, 8, 2), "B": (1024, 512, 64, 8), "C": (2048, 1024, 64, 8)}  # D, F, E, K
 TOKENS = (1, 8, 64, 512, 4096)
 _COPIES = 3e8  # bytes of weights that "batched_mm" may copy for a case
-_LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+_FEW_BITS = {"int8": 8, "int4": 4}
+_MOST = {"int8": 64, "int4": 64}  # tokens
+_LARGEST_ERROR = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.05, "int4": 0.2}
+STOCK = "transformers grouped_mm, bf16"  # beside few bits
 
 
 def layer(
@@ -51,13 +61,13 @@ def layer(
         read_bytes: size of the memory that is read for the limit.
     """
     for shape_name, shape in shapes.items():
-        for dtype_name, dtype in DTYPES.items():
-            names = {f"{shape_name}/{dtype_name}/T{T}": T for T in tokens}
+        for type_name in (*DTYPES, *_FEW_BITS):
+            names = {f"{shape_name}/{type_name}/T{T}": T for T in tokens if _MOST.get(type_name, T) >= T}
             names = {name: T for name, T in names.items() if wanted(name)}
             if names:
                 watch.release()
                 with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-                    arena = _Arena(Path(folder), shape, dtype, read_bytes)
+                    arena = _Arena(Path(folder), shape, type_name, read_bytes)
                     arena.invite(peers, watch, stack)
                     versions |= arena.versions
                     for name, T in names.items():
@@ -67,9 +77,12 @@ def layer(
 class _Arena:
     """The experts of one layer, in this process and in the workers."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int, int], dtype: torch.dtype, read_bytes: int) -> None:
-        self.folder, self.shape, self.dtype = folder, shape, dtype
+    def __init__(self, folder: Path, shape: tuple[int, int, int, int], type_name: str, read_bytes: int) -> None:
+        self.folder, self.shape, self.type_name = folder, shape, type_name
+        self.bits = _FEW_BITS.get(type_name)
+        self.dtype = dtype = DTYPES.get(type_name, torch.bfloat16)
         self.experts = random_experts(shape, dtype)
+        self.few = few_bits_experts(self.experts, self.bits) if self.bits else None
         self.workers: dict[str, Worker] = {}
         self.left_out: dict[str, str] = {}
         self.versions: dict[str, str] = {}
@@ -80,11 +93,13 @@ class _Arena:
         peers = {name: python for name, python in peers.items() if name in ("zentorch", "vllm", "onnxruntime")}
         if not peers:
             return
-        for name in ("gate_up_proj", "down_proj"):
-            short = {"gate_up_proj": "first", "down_proj": "down"}[name]
+        for name, short in (("gate_up_proj", "first"), ("down_proj", "down")):
             _write(self.folder / f"{short}.npy", getattr(self.experts, name))
+            if self.few is not None:
+                for part, tensor in zip(("codes", "scales"), plain_codes(self.few, name), strict=True):
+                    _write(self.folder / f"{short}-{part}.npy", tensor)
         for name, python in peers.items():
-            more = {"slots": self.shape[3]} if name == "onnxruntime" else {}
+            more = {"bits": self.bits} | ({"slots": self.shape[3]} if name == "onnxruntime" else {})
             one = stack.enter_context(worker(python, f"{name}_layer", torch.get_num_threads()))
             try:
                 answer = one.ask("load", folder=str(self.folder), **more, threads=torch.get_num_threads())
@@ -112,16 +127,18 @@ class _Arena:
         there = self._there(tensors, left_out, outputs)
         errors = {who: float((out - reference).norm() / reference.norm()) for who, out in outputs.items()}
         for who, error in errors.items():
-            if not error <= _LARGEST_ERROR[self.dtype]:
+            if not error <= _LARGEST_ERROR[self.type_name]:
                 left_out[who] = f"its output is off by {error:.2g}"
         product, read = self.limits
         everybody: list[Contestant] = [*contestants, *there, Here("gemm", product), read]
         outcome = interleave([one for one in everybody if one.who not in left_out], watch, rounds=rounds)
         gemm, bandwidth = (product.operations / 1e9, "gemm"), (read.bytes / 1e9, "read")
         told = {who: amount / outcome.timings[who].seconds for amount, who in (gemm, bandwidth)}
-        touched = len(indices_TK.unique()) * 3 * D * F * hidden_TD.element_size()
+        bytes_each = self.bits / 8 + 2 / 32 if self.bits else self.dtype.itemsize
+        touched = len(indices_TK.unique()) * 3 * D * F * bytes_each
         least = max(6 * T * K * D * F / 1e9 / told["gemm"], touched / 1e9 / told["read"])
-        return Case(name, outcome, limits=told, least=least, errors=errors, left_out=left_out)
+        beside = (STOCK,) if self.bits else ()
+        return Case(name, outcome, limits=told, least=least, errors=errors, left_out=left_out, beside=beside)
 
     def experts_forward(self, name: str, *inputs: torch.Tensor) -> Any:
         """By an implementation of transformers."""
@@ -129,6 +146,9 @@ class _Arena:
         return self.experts(*inputs)
 
     def _here(self, left_out: dict[str, str], *inputs: torch.Tensor) -> list[Here]:
+        if self.few is not None:
+            few, stock = self.few, functools.partial(self.experts_forward, "grouped_mm")
+            return [Here("mixtura", lambda: few(*inputs)), Here(STOCK, lambda: stock(*inputs))]
         D, F, _, K = self.shape
         copied = len(inputs[0]) * K * 3 * D * F * self.dtype.itemsize
         stock = ["eager", "grouped_mm"]
@@ -175,6 +195,23 @@ def random_experts(shape: tuple[int, int, int, int], dtype: torch.dtype) -> nn.M
             for part in parameter:  # an expert at a time: no copy of all in float32
                 part.copy_(torch.randn(part.shape, generator=generator).mul_(0.02))
     return made.requires_grad_(False)
+
+
+def few_bits_experts(experts: nn.Module, bits: int) -> QuantizedExperts:
+    """A quantized copy."""
+    made: Any = copy.deepcopy(experts)
+    quantize_experts(made, Quantization(bits=bits))
+    return made  # type: ignore[no-any-return]
+
+
+def plain_codes(experts: QuantizedExperts, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (E, N, K), a byte for each weight, and scales (E, N, K / group), as they are before they are packed."""
+    how = experts.quantization
+    scales_EPGR = experts.codes(name).scales.float()
+    scales_ENG = scales_EPGR.transpose(2, 3).flatten(1, 2)
+    weights_ENK = torch.stack([experts.weight(name, e) for e in range(len(scales_ENG))])
+    steps_ENK = weights_ENK / scales_ENG.repeat_interleave(how.group_size, 2)
+    return steps_ENK.nan_to_num(0.0).round().add(how.middle).to(torch.uint8), scales_ENG
 
 
 def _write(path: Path, tensor: torch.Tensor) -> None:

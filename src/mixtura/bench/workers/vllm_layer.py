@@ -22,8 +22,10 @@ def load_operations():
 class Layer:
     """The experts of one layer, packed, and the tokens of one case."""
 
-    def load(self, folder, threads):
+    def load(self, folder, threads, bits):
         """Take the weights from the folder."""
+        if bits:
+            raise TypeError("float32 and bfloat16 only")
         torch.set_num_threads(threads)
         self.ops = load_operations()
         self.folder, self.calls, self.vec, self.sgl = folder, {}, [], []
