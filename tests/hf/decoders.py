@@ -60,6 +60,49 @@ MODELS = {
     **{f"native-{name}": lambda n=name, o=options: native(n, **{**WIDE, **o}) for name, options in NATIVE.items()},
     "own": own,
 }
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 6.0, "attention_multiplier": 0.2}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 6,
+    "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 8,
+    "partial_rotary_factor": 0.75,
+}
+FAMILIES = {
+    "gemma": {},
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 0.5},
+    "gemma3_text": {"sliding_window": 5, "layer_types": MIXED, "query_pre_attn_scalar": 20},
+    "phi3": {},
+    "stablelm": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 5, "layer_types": MIXED},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granite": GRANITE,
+    "seed_oss": {},
+    "arcee": {},
+}
+NATIVE_FAMILIES = {
+    "flex_olmo": {},
+    "mellum": {"sliding_window": 5},
+    "granitemoe": GRANITE,
+}
+
+
+def spread(model):
+    """Weights so large that scores and logits are, too: norms, caps and rotations matter."""
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def gpt_oss(**options):
+    """Sinks, windows in turn, experts that lie interleaved with biases and clamp."""
+    model = native("gpt_oss", **{**WIDE, "sliding_window": 5, "swiglu_limit": 0.5, **options})
+    return spread(model)
+
+
 WINDOWED = {
     **{f"window-{name}": lambda n=name, o=options: pico(n, **{**WIDE, **o}) for name, options in WINDOWS.items()},
     "window-native-qwen2_moe": lambda: native("qwen2_moe", **WIDE, use_sliding_window=True, sliding_window=5),
