@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import mixtura
-from mixtura.cli import bench, catalog, demo, density, doctor, models, seeing, training
+from mixtura.cli import bench, catalog, demo, density, doctor, evidence, models, seeing, training
 from mixtura.core.errors import MixturaError
 
 
@@ -70,7 +70,7 @@ def _root(
     pass
 
 
-for module in (demo, catalog, models, training, seeing, doctor, density, bench):
+for module in (demo, catalog, models, training, seeing, doctor, density, bench, evidence):
     module.add_commands(app)
 
 

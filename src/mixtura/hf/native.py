@@ -20,7 +20,7 @@ from torch import nn
 from mixtura.core.errors import NotExpressibleError
 from mixtura.core.routing import Routing
 from mixtura.hf.seat import Seat
-from mixtura.hf.sites import decoder, decoder_layers
+from mixtura.hf.sites import decoder, decoder_layers, is_of_transformers
 from mixtura.hf.wrong_forward import check_forward
 from mixtura.nn.mixture import Mixture
 from mixtura.nn.state import current_state
@@ -88,11 +88,13 @@ def native_mixtures(model: nn.Module) -> dict[str, NativeMixture]:
 
 
 def expert_blocks(model: nn.Module) -> dict[str, NativeMixture]:
-    """As ``native_mixtures``, also those whose router is one of ours.
+    """As ``native_mixtures``, also those whose router is one of ours; none in a model that is not of transformers.
 
     Raises:
         NotExpressibleError: if the transformers that is installed computes the family wrongly.
     """
+    if not is_of_transformers(model):
+        return {}
     check_forward(str(getattr(getattr(decoder(model), "config", None), "model_type", "")))
     ours = {id(part) for module in model.modules() if isinstance(module, Mixture) for part in module.modules()}
     found: dict[str, NativeMixture] = {}

@@ -136,10 +136,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return next(c for c in decoder(model).children() if isinstance(c, nn.ModuleList) and len(c) == wanted)
 
 
-def _layers_wanted(model: nn.Module) -> int:
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether it has a configuration of transformers; also under DistributedDataParallel."""
+    return hasattr(_unwrapped(model), "config")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
     while not hasattr(model, "config") and hasattr(model, "module"):  # DistributedDataParallel hides it
         model = model.module  # type: ignore[assignment]
-    return int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
+    return model
+
+
+def _layers_wanted(model: nn.Module) -> int:
+    return int(_unwrapped(model).config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
 
 
 def feed_forward_sites(model: nn.Module) -> list[Site]:

@@ -1,0 +1,1 @@
+"""What evidence scripts share: small models, real data, and training at equal budget."""
