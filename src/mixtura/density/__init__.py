@@ -1,5 +1,6 @@
 """Gaussian mixtures with scikit-learn's interface: 14 covariance families, weights, missing values, labels, streams."""
 
+from mixtura.density.agmm import ClassGaussians, absent_class_loss, agmm_loss, separation_loss
 from mixtura.density.alp_gmm import ALPGMM
 from mixtura.density.ambient import ambient_loss, at_level, consistency_loss, denoise, noise_levels
 from mixtura.density.batch import GaussianMixtureBatch
@@ -29,6 +30,7 @@ __all__ = [
     "BayesMixture",
     "BayesianGaussianMixture",
     "CannotLink",
+    "ClassGaussians",
     "FixedMeans",
     "GaussianMixture",
     "GaussianMixtureBatch",
@@ -43,6 +45,8 @@ __all__ = [
     "SharedCovariance",
     "SingularComponentError",
     "TiedWeights",
+    "absent_class_loss",
+    "agmm_loss",
     "ambient_loss",
     "as_gate",
     "at_level",
@@ -55,5 +59,6 @@ __all__ = [
     "probability_radius",
     "regret_bound",
     "robust_loss",
+    "separation_loss",
     "soft_labels",
 ]
