@@ -4,8 +4,8 @@ Rows are pixels of a segmentation, tokens, or anything of which few are labeled.
 
     G_c(x) = exp(-d_c(x)^2 / (2 s_c^2))        d_c(x) = mean over columns of |x - mean_c|
 
-is a soft label in (0, 1], 1 at the mean; classes that are not present have 0. Online EM moves means and variances, where
-s_c^2 is the mean of d_c^2: labeled rows belong to their class, others by the density whose D-th root G is,
+is a soft label in (0, 1], 1 at the mean; classes that are not present have 0. Online EM moves means and variances, s^2
+being the mean of d^2: labeled rows belong to their class, others by the density whose D-th root G is,
 w_c s_c^-D G_c^D, and sums over a batch are mixed into the sums so far with a momentum. Means and G keep their
 gradients, so features are learned too:
 
