@@ -7,6 +7,7 @@ import llama_cpp as lib
 import numpy as np
 from loop import serve
 
+_BFLOAT16 = 30  # in ggml's list of types
 _SILENT = lib.llama_log_callback(lambda level, text, data: None)
 
 
@@ -120,7 +121,7 @@ def quantized(path, threads, bits):
     }[bits]
     options = lib.llama_model_quantize_default_params()
     options.nthread, options.ftype, options.pure = threads, whole, True
-    options.output_tensor_type, options.token_embedding_type = kind, lib.GGML_TYPE_BF16
+    options.output_tensor_type, options.token_embedding_type = kind, _BFLOAT16
     made = f"{path}.{bits}"
     if lib.llama_model_quantize(path.encode(), made.encode(), ctypes.byref(options)):
         raise RuntimeError("llama_model_quantize failed")
