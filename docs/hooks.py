@@ -15,10 +15,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from evidence_page import evidence_page
+from markdown_table import table
+from systems_page import systems_page
+
 from mixtura.core import registry
 from mixtura.core.errors import OptionError, unknown_name
 from mixtura.core.registry import Method
 from mixtura.core.selection import SelectionSpec
+from mixtura.evidence.scripts import known_results
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARKER = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
@@ -61,12 +66,6 @@ def attributes(cls: type) -> dict[str, str]:
     return said
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def _methods() -> str:
     roles = sorted({row.role for row in registry.methods()})
     return "\n\n".join(part for role in roles for part in _role(role))
@@ -78,10 +77,16 @@ def _role(role: str) -> list[str]:
 
 def _card(row: Method) -> str:
     paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper[6:]})" if row.paper.startswith("arXiv:") else row.paper
-    facts = ", ".join(part for part in (paper, f"`{row.module}`", "" if row.causal else "not causal") if part)
+    causal = "" if row.causal else "not causal"
+    facts = ", ".join(part for part in (paper, f"`{row.module}`", causal, _verdict(row.key)) if part)
     alone = sum(other.module == row.module for other in registry.methods()) == 1
     text = inspect.getdoc(sys.modules[row.module] if alone else row.build) or ""
     return f"### {row.key}\n\n{facts}\n\n{_without_sections(text)}\n\n{_options(row)}"
+
+
+def _verdict(key: str) -> str:
+    found = known_results().get(key)
+    return f"claim: [{found.verdict}](evidence.md#{key})" if found else ""
 
 
 def _without_sections(card: str) -> str:
@@ -94,7 +99,7 @@ def _options(row: Method) -> str:
         (f"`{name}`", _annotation(shown[name]), "" if option.default is option.empty else f"`{option.default!r}`")
         for name, option in row.options.items()
     )
-    return _table(("option", "type", "default"), rows)
+    return table(("option", "type", "default"), rows)
 
 
 def _annotation(option: inspect.Parameter) -> str:
@@ -106,7 +111,7 @@ def _recipe() -> str:
     from mixtura.training.recipe import DataRecipe, Recipe, TrainRecipe
 
     sections = (("", Recipe), ("data.", DataRecipe), ("train.", TrainRecipe))
-    return _table(("field", "default", "what it is"), (row for path, cls in sections for row in _fields(path, cls)))
+    return table(("field", "default", "what it is"), (row for path, cls in sections for row in _fields(path, cls)))
 
 
 def _fields(path: str, cls: Any) -> Iterable[tuple[str, str, str]]:
@@ -125,21 +130,21 @@ def _columns() -> str:
     from mixtura.traces.trace import COLUMNS, Trace
 
     said = attributes(Trace)
-    return _table(
+    return table(
         ("column", "type", "what it is"),
         ((f"`{name}`", f"`{dtype.__name__}`", said[name]) for name, dtype in COLUMNS.items()),
     )
 
 
 def _selection() -> str:
-    return _table(("field", "default", "what it is"), _fields("", SelectionSpec))
+    return table(("field", "default", "what it is"), _fields("", SelectionSpec))
 
 
 def _bases() -> str:
     tried = runpy.run_path(str(ROOT / "tests" / "pico.py"))
     rows = [(f"`{name}`", "dense") for name in tried["DENSE"]]
     rows += [(f"`{name}`", "has native mixtures") for name in tried["SPARSE"]]
-    return _table(("model_type", "kind"), rows)
+    return table(("model_type", "kind"), rows)
 
 
 def _selections() -> str:
@@ -151,7 +156,7 @@ def _selections() -> str:
 def _not_expressible() -> str:
     from mixtura.hf import families
 
-    return _table(("model_type", "why"), ((f"`{name}`", why) for name, why in sorted(families._OUTSIDE.items())))
+    return table(("model_type", "why"), ((f"`{name}`", why) for name, why in sorted(families._OUTSIDE.items())))
 
 
 def _native_families() -> str:
@@ -159,13 +164,13 @@ def _native_families() -> str:
     rows = (
         (f"`{name}`", f"`{row['same']}`" if row["same"] else "") for name, row in facts.items() if not row["refused"]
     )
-    return _table(("model_type", "its own router is"), rows)
+    return table(("model_type", "its own router is"), rows)
 
 
 def _outside_contract() -> str:
     from mixtura.hf.contract import OUTSIDE
 
-    return _table(("model_type", "why"), ((f"`{name}`", why) for name, why in sorted(OUTSIDE.items())))
+    return table(("model_type", "why"), ((f"`{name}`", why) for name, why in sorted(OUTSIDE.items())))
 
 
 def _targets() -> str:
@@ -173,7 +178,7 @@ def _targets() -> str:
 
     said = {name: text for name, text in attributes(Target).items() if name != "family"}
     rows = ((text.rstrip("."), *(_plain(getattr(target, name)) for target in TARGETS)) for name, text in said.items())
-    return _table(("capability", *(f"`{target.family}`" for target in TARGETS)), rows)
+    return table(("capability", *(f"`{target.family}`" for target in TARGETS)), rows)
 
 
 def _plain(value: Any) -> str:
@@ -187,17 +192,19 @@ def _sources() -> str:
     from mixtura.data import SOURCES
 
     rows = ((f"`{name}`", f"`{s.package}`", s.kind, s.license) for name, s in SOURCES.items())
-    return _table(("name", "package", "through", "license"), rows)
+    return table(("name", "package", "through", "license"), rows)
 
 
 def _domains() -> str:
     from mixtura.data import DOMAINS
 
     rows = ((f"`{name}`", d.title, "yes" if d.download else "no") for name, d in DOMAINS.items())
-    return _table(("domain", "what it is", "download"), rows)
+    return table(("domain", "what it is", "download"), rows)
 
 
 TABLES = {
+    "systems": lambda: systems_page(known_results()),
+    "evidence": lambda: evidence_page(known_results()),
     "methods": _methods,
     "recipe": _recipe,
     "columns": _columns,

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 import mixtura.hf
 from mixtura.cli.main import app
-from mixtura.core import registry
+from mixtura.core import OptionError, registry
 from pico import pico
 from training.byte_tokenizer import byte_tokenizer
 
@@ -77,6 +78,24 @@ def test_methods_are_all_listed_also_for_machines():
     routers = run("methods", "--role", "router").output
     assert "topk-softmax" in routers
     assert "sparse-upcycling" not in routers
+
+
+def test_methods_say_what_came_of_their_claims(monkeypatch):
+    results = {"topk-softmax": SimpleNamespace(verdict="partly")}
+    monkeypatch.setattr("mixtura.evidence.scripts.known_results", lambda: results)
+    rows = json.loads(run("methods", "--json").output)["methods"]
+    assert {row["key"]: row["verdict"] for row in rows if row["verdict"]} == {"topk-softmax": "partly"}
+    (line,) = [line for line in run("methods").output.splitlines() if line.startswith("topk-softmax ")]
+    assert " partly " in line
+
+
+def test_methods_are_listed_without_evidence_too(monkeypatch):
+    def folder():
+        raise OptionError("not installed")
+
+    monkeypatch.setattr("mixtura.evidence.scripts.folder", folder)
+    rows = json.loads(run("methods", "--json").output)["methods"]
+    assert {row["verdict"] for row in rows} == {None}
 
 
 def test_upcycle_inspect_export_and_generate(dense, text, tmp_path):

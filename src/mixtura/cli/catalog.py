@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mixtura.cli.options import Json, Quiet, show
+from mixtura.core.errors import OptionError
 
 
 def methods(
@@ -15,7 +16,7 @@ def methods(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """List the methods: what each is, where it comes from, and its options.
+    """List the methods: what each is, where it comes from, its options, and what came of its claim.
 
     Example: mixtura methods --role router
     """
@@ -25,10 +26,24 @@ def methods(
     rows = registry.methods()
     if role and role not in {row.role for row in rows}:
         raise unknown_name("role", role, {row.role for row in rows})
-    chosen = [_row(row) for row in rows if role in ("", row.role)]
+    verdicts = _verdicts()
+    chosen = [{**_row(row), "verdict": verdicts.get(row.key)} for row in rows if role in ("", row.role)]
     width = max(len(row["key"]) for row in chosen)
-    lines = [f"{row['key']:{width}}  {row['role']:8}  {row['paper']:17}  {row['summary']}" for row in chosen]
+    lines = [
+        f"{row['key']:{width}}  {row['role']:9}  {row['paper']:17}  {row['verdict'] or '':18}  {row['summary']}"
+        for row in chosen
+    ]
     show({"methods": chosen}, as_json=as_json, lines="\n".join(lines))
+
+
+def _verdicts() -> dict[str, str]:
+    """What came of the claims that were tested, by key; of none where the package is installed without its evidence."""
+    from mixtura.evidence.scripts import known_results
+
+    try:
+        return {key: result.verdict for key, result in known_results().items()}
+    except OptionError:
+        return {}
 
 
 def _row(row: Any) -> dict[str, Any]:
