@@ -3,7 +3,13 @@
 import pytest
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from mixtura.density import BayesianGaussianMixture, GaussianMixture, GaussianMixtureRegressor, MixtureSearch
+from mixtura.density import (
+    BayesianGaussianMixture,
+    GaussianMixture,
+    GaussianMixtureRegressor,
+    MixtureSearch,
+    SplitMergeMixture,
+)
 
 ESTIMATORS = [
     GaussianMixture(max_iter=500),
@@ -12,6 +18,7 @@ ESTIMATORS = [
     BayesianGaussianMixture(2, covariance="diag", weights="dirichlet", random_state=0, max_iter=2000),
     GaussianMixtureRegressor(),
     GaussianMixtureRegressor(2, covariance="EEE", variance="global-corrected", random_state=0),
+    SplitMergeMixture(random_state=0),
     MixtureSearch([1, 2], covariance=["EII", "VVV"], init="kmeans", random_state=0),
 ]
 

@@ -22,6 +22,7 @@ from mixtura.density.pair_classifier import (
 from mixtura.density.priors import NIW
 from mixtura.density.robust_self_training import RobustSelfTraining, robust_loss
 from mixtura.density.search import MixtureSearch
+from mixtura.density.split_merge import SplitMergeMixture
 
 __all__ = [
     "ALPGMM",
@@ -44,6 +45,7 @@ __all__ = [
     "RobustSelfTraining",
     "SharedCovariance",
     "SingularComponentError",
+    "SplitMergeMixture",
     "TiedWeights",
     "absent_class_loss",
     "agmm_loss",
