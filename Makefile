@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH_FLAGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+NATIVE := src/mixtura/nn/backends/native
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .PHONY: demo test lint docs clean
@@ -26,7 +27,7 @@ clean:
 	rm -rf .venv site runs
 
 # The library is compiled by the installation.
-.venv/.ready: pyproject.toml constraints.txt hatch_build.py $(wildcard src/mixtura/nn/backends/native/csrc/*)
+.venv/.ready: pyproject.toml constraints.txt hatch_build.py $(NATIVE)/build.py $(wildcard $(NATIVE)/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit("mixtura needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	@echo "setting up .venv (torch and transformers, a few minutes)"
 	@$(PYTHON) -m venv .venv || { echo "python3 -m venv failed: on Debian, apt-get install python3-venv"; exit 1; }

@@ -26,7 +26,7 @@ from mixtura.hf.forward import is_listened_to
 from mixtura.hf.growing_cache import Growing, grow
 from mixtura.hf.quantizer import quantize_model
 from mixtura.hf.unchanged import Unchanged
-from mixtura.nn.backends.native.library import library
+from mixtura.nn.backends.native.library import library, why_no_library
 from mixtura.nn.backends.native.tape import MAX_ROWS
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of logits, relative to their size
@@ -72,7 +72,7 @@ def accelerate(model: Any, *, bits: int | None = None, **options: Any) -> Any:
         >>> mixtura.accelerate(model).generate(**batch)
     """
     if library() is None:
-        raise NotExpressibleError("the native library was not built: install a C++ compiler, then mixtura again")
+        raise NotExpressibleError(f"{why_no_library()}: install a C++ compiler, then mixtura again")
     devices = sorted({parameter.device.type for parameter in model.parameters()})
     if devices != ["cpu"]:
         raise NotExpressibleError(f"accelerate is for models on the CPU, got one on {', '.join(devices)}")

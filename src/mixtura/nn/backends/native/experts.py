@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mixtura.core.errors import NotExpressibleError, ShapeError
 from mixtura.nn.backends.native.activation import experts_activation
-from mixtura.nn.backends.native.library import ExpertsStruct, library
+from mixtura.nn.backends.native.library import ExpertsStruct, why_no_library
 from mixtura.nn.backends.native.ops import DTYPES, OPERATOR, Differentiable, Form, Tensors, forward, struct
 
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -61,8 +61,9 @@ def why_not(experts: nn.Module, hidden_TD: torch.Tensor) -> str:
     """Why the library cannot compute these experts for these tokens; "" if it can."""
     tensors = [t for t in _tensors(experts) if t is not None]
     first = tensors[0]
-    if not _is_built():
-        return "the library was not built, for want of a C++ compiler"
+    missing: str = _why_no_library()
+    if missing:
+        return missing
     if any(t.device.type != "cpu" for t in (hidden_TD, *tensors)):
         return f"it runs on the CPU, not on {hidden_TD.device.type}"
     dtypes = [t.dtype for t in (hidden_TD, *tensors)]
@@ -90,8 +91,8 @@ def experts_struct(experts: Any) -> ExpertsStruct:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_built() -> bool:
-    return library() is not None
+def _why_no_library() -> str:
+    return why_no_library()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

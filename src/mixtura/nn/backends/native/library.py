@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from pathlib import Path
 
-from mixtura.core.errors import OptionError, unknown_name
+from mixtura.core.errors import MixturaWarning, OptionError, unknown_name
+from mixtura.nn.backends.native.build import interface
 
 PATH = Path(__file__).with_name("libmixtura_native.so")
 
@@ -34,10 +36,44 @@ class GradientsStruct(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not built."""
-    if not PATH.exists():
-        return None
-    lib = ctypes.CDLL(str(PATH))
+    """The library, or None if there is none that can be used; see ``why_no_library``."""
+    return _loaded()[0]
+
+
+def why_no_library() -> str:
+    """Why there is no library, "" if there is one."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    lib, reason = load(PATH)
+    if reason and PATH.exists():
+        message = f"{PATH.name}: {reason}; torch computes experts until mixtura is installed again (pip install)"
+        warnings.warn(message, MixturaWarning, stacklevel=3)
+    return lib, reason
+
+
+def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library of a file, or None and the reason: it is not there, not loadable, or of another version.
+
+    The version is that of the headers; one that was built from others would read arguments that are not there.
+    """
+    if not path.exists():
+        return None, "the library was not built, for want of a C++ compiler"
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"the library cannot be loaded: {' '.join(str(error).split())}"
+    if not hasattr(lib, "mixtura_interface"):
+        return None, "the library is of an older version"
+    lib.mixtura_interface.restype = ctypes.c_char_p
+    if (found := lib.mixtura_interface().decode()) != (expected := interface()):
+        return None, f"the library is of another version, interface {found} instead of {expected}"
+    return _declared(lib), ""
+
+
+def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     experts = ctypes.POINTER(ExpertsStruct)
     lib.mixtura_workspace.argtypes = [experts, _I64, _I64, _I32, _I32]
     lib.mixtura_workspace.restype = _I64
@@ -69,11 +105,11 @@ def use_instructions(name: str) -> None:
     """Use another instruction set from now on, in this process.
 
     Raises:
-        OptionError: if the library was not built.
+        OptionError: if there is no library.
         UnknownNameError: if this processor does not have it.
     """
     lib = library()
     if lib is None:
-        raise OptionError("the native experts were not built: install a C++ compiler, then mixtura again")
+        raise OptionError(f"there are no native experts: {why_no_library()}")
     if lib.mixtura_use_isa(name.encode()):
         raise unknown_name("instruction set", name, instructions()[1])

@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from mixtura.core.errors import NotExpressibleError, ShapeError
-from mixtura.nn.backends.native.library import ExpertsStruct, GradientsStruct, library
+from mixtura.nn.backends.native.library import ExpertsStruct, GradientsStruct, library, why_no_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 Tensors: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -174,7 +174,7 @@ def _workspace(described: ExpertsStruct, indices_TK: torch.Tensor, *, backward: 
 def _library() -> ctypes.CDLL:
     lib = library()
     if lib is None:
-        raise NotExpressibleError("the native library was not built: install a C++ compiler, then mixtura again")
+        raise NotExpressibleError(f"native experts: {why_no_library()}")
     return lib
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mixtura.core.errors import NotExpressibleError, ShapeError
 from mixtura.nn.backends.native.activation import experts_activation
-from mixtura.nn.backends.native.library import ExpertsStruct, library
+from mixtura.nn.backends.native.library import ExpertsStruct, library, why_no_library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _I32 = ctypes.c_void_p, ctypes.c_int32
@@ -67,8 +67,8 @@ def why_not_quantized(experts: Any, hidden_TD: torch.Tensor, weights_TK: torch.T
     """Why the library cannot compute these experts for these tokens; "" if it can."""
     tensors = [t for t in experts.parameters(recurse=False) if t is not None]
     floats = [hidden_TD, *(t for t in _biases(experts) if t is not None)]
-    if library() is None:
-        return "the library was not built, for want of a C++ compiler"
+    if missing := why_no_library():
+        return missing
     if {t.device.type for t in (hidden_TD, *tensors)} != {"cpu"}:
         return f"it runs on the CPU, not on {hidden_TD.device.type}"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weights_TK, *floats)):

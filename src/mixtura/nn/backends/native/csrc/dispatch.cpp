@@ -155,6 +155,8 @@ mixtura_experts without_inner(const mixtura_quantized *q) {
 
 extern "C" {
 
+const char *mixtura_interface(void) { return MIXTURA_INTERFACE; }
+
 const char *mixtura_isa(void) { return current->name; }
 
 const char *mixtura_isas(void) {

@@ -79,6 +79,9 @@ int mixtura_experts_backward(const mixtura_experts *experts, const void *hidden,
                              const float *weights, const void *kept, const mixtura_gradients *gradients,
                              void *workspace, int64_t T, int64_t K, int threads);
 
+// Which headers it was built from: sixteen digits, see build.py.
+const char *mixtura_interface(void);
+
 // The instruction set in use; and all that this processor has, the best first, separated by spaces.
 const char *mixtura_isa(void);
 const char *mixtura_isas(void);
