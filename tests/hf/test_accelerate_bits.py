@@ -91,3 +91,53 @@ def test_wrong_options_change_nothing():
     with pytest.raises(NotExpressibleError, match="quantized already"):
         mixtura.accelerate(model, bits=4)
     assert acceleration(model)["refusal"] == ""
+
+
+def tied():
+    return pico("qwen2", **WIDE, tie_word_embeddings=True)
+
+
+def test_a_tied_head_gets_a_matrix_of_its_own_if_asked_for(tmp_path):
+    model, table = tied(), tied().model.embed_tokens.weight
+    ids = tokens(3, 12)
+    expected = decoded(model, ids, left(3, 12, 0))
+    mixtura.accelerate(model, bits=8, head=True)
+    assert isinstance(model.lm_head, QuantizedLinear)
+    assert torch.equal(model.model.embed_tokens.weight, table)
+    assert (model.lm_head.dequantized() - table).norm() < 0.01 * table.norm()
+    seen = decoded(model, ids, left(3, 12, 0))
+    assert acceleration(model)["planned"] == 10
+    assert 0 < (seen - expected).norm() < 0.02 * expected.norm()
+    text = generated(model)
+    model.save_pretrained(tmp_path / "memory")
+    tied().save_pretrained(tmp_path / "all")
+    config = MixturaQuantizationConfig(bits=8, linears=True, head=True)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "all", quantization_config=config).save_pretrained(tmp_path / "few")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "few")]
+    assert files[0] == files[1]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "few").eval()
+    assert isinstance(loaded.lm_head, QuantizedLinear)
+    assert loaded.config.tie_word_embeddings is False
+    assert loaded.model.embed_tokens.weight.is_floating_point()
+    assert not loaded.lm_head.weight_scale.requires_grad
+    assert torch.equal(generated(mixtura.accelerate(loaded)), text)
+
+
+def test_a_head_of_its_own_stays_so_with_all_bits_again():
+    model, ids = quantize_model(tied(), bits=8, linears=True, head=True), tokens()
+    with torch.no_grad():
+        few = model(ids).logits
+        back = model.dequantize()
+        assert back.lm_head.weight.is_floating_point()
+        assert not torch.equal(back.lm_head.weight, back.model.embed_tokens.weight)
+        torch.testing.assert_close(back(ids).logits, few, rtol=1e-3, atol=1e-3)
+
+
+def test_head_is_for_tied_heads_of_linears_that_are_quantized():
+    with pytest.raises(OptionError, match="head=True needs linears=True"):
+        MixturaQuantizationConfig(head=True)
+    with pytest.raises(OptionError, match="head must be True or False, got 'yes'"):
+        MixturaQuantizationConfig(linears=True, head="yes")
+    untied = [quantize_model(pico("qwen2", **WIDE), linears=True, head=head) for head in (True, False)]
+    for (name, seen), known in zip(untied[0].state_dict().items(), untied[1].state_dict().values(), strict=True):
+        assert torch.equal(seen, known), name

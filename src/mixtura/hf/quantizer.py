@@ -4,7 +4,8 @@
 
 Importing this module registers it, so a folder that was saved so needs no option to be loaded: ``config.json`` names
 the quantizer, and codes and scales are read as they were written. With ``linears=True`` linear layers are quantized,
-too, but for routers and a head that is tied to the embeddings; everything else stays as it is.
+too, but for routers and a head that is tied to the embeddings; ``head=True`` unties such a head and quantizes a copy of
+the matrix, which embeddings keep with all its bits. Everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mixtura.nn.quantized_linear import QuantizedLinear, dequantize_linear, quan
 
 METHOD = "mixtura"
 _FIELDS = tuple(field.name for field in dataclasses.fields(Quantization))
-_OPTIONS = (*_FIELDS, "linears")
+_OPTIONS = (*_FIELDS, "linears", "head")
 _ROUTERS = (*ROUTER_NAMES, "shared_expert_gate")
 
 
@@ -39,10 +40,13 @@ class MixturaQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         options: see ``mixtura.nn.experts.quantization.Quantization``: bits, group_size, zero_point, scale_dtype,
-            activation_bits; and ``linears``, whether linear layers are quantized beside experts, by default False.
+            activation_bits; ``linears``, whether linear layers are quantized beside experts, by default False; and
+            ``head``, whether a head that is tied to the embeddings gets a quantized matrix of its own, by default
+            False: embeddings stay as they are, so it needs more memory, but a step reads fewer bytes, which counts
+            most in small models with large vocabularies.
 
     Raises:
-        OptionError: for a value that is not accepted.
+        OptionError: for a value that is not accepted, or ``head`` without ``linears``.
         UnknownNameError: for any other option.
     """
 
@@ -52,9 +56,12 @@ class MixturaQuantizationConfig(QuantizationConfigMixin):
                 raise unknown_name("option of the quantizer", name, _OPTIONS)
         if options.pop("quant_method", METHOD) != METHOD:
             raise OptionError(f"quant_method must be {METHOD!r}")
-        self.quant_method, self.linears = METHOD, options.pop("linears", False)
-        if not isinstance(self.linears, bool):
-            raise OptionError(f"linears must be True or False, got {self.linears!r}")
+        self.quant_method, self.linears, self.head = METHOD, options.pop("linears", False), options.pop("head", False)
+        for name in ("linears", "head"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.head and not self.linears:
+            raise OptionError("head=True needs linears=True: a head is a linear layer")
         vars(self).update(dataclasses.asdict(Quantization(**options)))
 
     @property
@@ -82,6 +89,9 @@ class MixturaQuantizer(HfQuantizer):
         _quantize(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.quantization_config.head and (head := _tied_head(model)) is not None:
+            _untie(model, head)
+            quantize_linear(head, self.quantization_config.quantization)
         for module in model.modules():  # loading lets everything learn that is a floating-point number
             if isinstance(module, QuantizedExperts | QuantizedLinear):
                 for name, parameter in module.named_parameters(recurse=False):
@@ -165,7 +175,19 @@ def _is_stacked(module: nn.Module) -> bool:
 
 
 def _linears(model: PreTrainedModel) -> Iterator[nn.Linear]:
-    tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    tied = _tied_head(model)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module is not tied and name.rpartition(".")[2] not in _ROUTERS:
             yield module
+
+
+def _tied_head(model: PreTrainedModel) -> nn.Linear | None:
+    return model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+
+
+def _untie(model: PreTrainedModel, head: nn.Linear) -> None:
+    """Let the head have a matrix of its own, with the values of the embeddings."""
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
