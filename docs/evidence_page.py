@@ -24,25 +24,30 @@ def evidence_page(results: Mapping[str, Result]) -> str:
 
 def _counts(results: list[Result]) -> str:
     counts = ((verdict, sum(result.verdict == verdict for result in results)) for verdict in VERDICTS)
-    return f"**{len(results)} claims**: {'; '.join(f'{count} {verdict}' for verdict, count in counts if count)}."
+    return f"**{len(results)} claims**: {', '.join(f'{verdict} {count}' for verdict, count in counts if count)}."
 
 
 def _verdicts(results: list[Result]) -> str:
-    rows = ((link(result.key, f"#{result.key}"), result.claim, result.verdict) for result in results)
+    rows = ((link(result.key, f"#{result.key}"), sentence(result.claim), result.verdict) for result in results)
     return table(("key", "claim", "verdict"), rows)
 
 
 def _section(result: Result) -> str:
     parts = [
         f"## {result.key}",
-        f"**Claim.** {result.claim} ({source(result.source)})",
-        f"**Setting.** {result.setting}",
-        f"**Verdict: {result.verdict}.** {result.sentence}",
+        f"**Claim.** {sentence(result.claim)} Source: {sentence(source(result.source))}",
+        f"**Setting.** {sentence(result.setting)}",
+        f"**Verdict: {result.verdict}.** {sentence(result.sentence)}",
         *([_figures(result), _costs(result), _differences(result), _seeds(result)] if result.arms else []),
         f"Run on {result.date}, {_machine(result)}. To repeat it:",
         f"```bash\n{result.command}\n```",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def sentence(text: str) -> str:
+    """The text with a capital and a full stop."""
+    return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def source(text: str) -> str:
@@ -61,21 +66,28 @@ def _columns(arms: Iterable[Mapping[str, Any]], part: str) -> list[str]:
 
 def _figures(result: Result) -> str:
     names = _columns(result.arms, "figures")
-    rows = ((arm["name"], *(_interval(arm["figures"].get(name)) for name in names)) for arm in result.arms)
-    caption = f"Mean and 95 % interval over {len(result.seeds)} seeds. Main figure: {result.figure}."
+    rows = ((arm["name"], *(_margin(arm["figures"].get(name)) for name in names)) for arm in result.arms)
+    caption = f"Mean and half of its 95 % interval over {len(result.seeds)} seeds. Main figure: {result.figure}."
     return f"{caption}\n\n" + table(("arm", *names), rows)
 
 
-def _interval(figure: Mapping[str, Any] | None) -> str:
-    """Two digits of half of the interval say how many are worth showing."""
-    if figure is None:
-        return ""
-    mean, low, high = (figure[name] for name in ("mean", "low", "high"))
-    if low is None or high is None:
-        return number(mean)
-    half = f"{(high - low) / 2:.1e}"
-    digits = min(max(1 - int(half.partition("e")[2]), 0), 8) if high > low else 3
-    return f"{mean:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+def _margin(figure: Mapping[str, Any] | None) -> str:
+    """Mean and half of the interval, which is symmetric."""
+    if figure is None or figure["low"] is None:
+        return number(figure and figure["mean"])
+    digits = _digits(figure)
+    return f"{figure['mean']:,.{digits}f} ± {(figure['high'] - figure['low']) / 2:,.{digits}f}"
+
+
+def _interval(figure: Mapping[str, Any]) -> str:
+    mean, low, high = (f"{figure[name]:,.{_digits(figure)}f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def _digits(figure: Mapping[str, Any]) -> int:
+    """Two digits of half of the interval are worth showing."""
+    half = (figure["high"] - figure["low"]) / 2
+    return min(max(1 - int(f"{half:.1e}".partition("e")[2]), 0), 8) if half else 3
 
 
 def _costs(result: Result) -> str:

@@ -13,15 +13,15 @@ def page(*results):
 
 def test_a_section_says_everything():
     lines = page(result()).splitlines()
-    assert lines[0] == "**1 claims**: 1 does not hold here."
+    assert lines[0] == "**1 claims**: does not hold here 1."
     for line in (
         "| [expert-choice](#expert-choice) | Experts that choose are better. | does not hold here |",
         "## expert-choice",
         "**Claim.** Experts that choose are better. "
-        "(Zhou et al., [arXiv:2202.09368](https://arxiv.org/abs/2202.09368), fig. 2; a book)",
+        "Source: Zhou et al., [arXiv:2202.09368](https://arxiv.org/abs/2202.09368), fig. 2; a book.",
         "**Setting.** A sum of two numbers.",
         "**Verdict: does not hold here.** The difference is 0 (-1 to 1).",
-        "| experts choose | 0.25 (0.12 to 0.38) |",
+        "| experts choose | 0.25 ± 0.12 |",
         r"| tokens \| choose | 12,345 | 1.235 |",
         r"| experts choose minus tokens \| choose | loss | 0.0 (-1.0 to 1.0) |",
         "    | experts choose | loss | 0.2 | 0.25 | 0.3 |",
@@ -35,7 +35,7 @@ def test_a_section_says_everything():
 
 def test_verdicts_come_first_and_are_counted():
     told = page(result("b", verdict="holds"), result("a", verdict="partly"), result("c", verdict="holds"))
-    assert told.startswith("**3 claims**: 2 holds; 1 partly.\n")
+    assert told.startswith("**3 claims**: holds 2, partly 1.\n")
     assert told.index("| [c](#c)") < told.index("## a\n") < told.index("## b\n")
 
 
@@ -44,7 +44,7 @@ def test_arms_may_have_different_figures_and_costs():
         "other", cost={"flops": 1.5e15}, figures={"speed": {"mean": 2.0, "low": None, "high": None, "seeds": [2.0] * 3}}
     )
     told = page(result(arms=(arm("one"), other)))
-    assert "| arm | loss | speed |\n| --- | --- | --- |\n| one | 0.25 (0.12 to 0.38) |  |\n| other |  | 2 |" in told
+    assert "| arm | loss | speed |\n| --- | --- | --- |\n| one | 0.25 ± 0.12 |  |\n| other |  | 2 |" in told
     assert "| other |  |  | 1.5e15 |" in told
 
 
@@ -75,12 +75,21 @@ def test_numbers(value, told):
     ],
 )
 def test_an_interval_is_shown_to_two_digits_of_its_half(interval, told):
-    figure = dict(zip(("mean", "low", "high"), interval, strict=True), seeds=[0.0] * 3)
-    assert f"| one | {told} |" in page(result(arms=(arm("one", figures={"loss": figure}),)))
+    named = dict(zip(("mean", "low", "high"), interval, strict=True))
+    row = {"figure": "loss", "of": "one", "against": "two", **named}
+    shown = page(result(arms=(arm("one", figures={"loss": {**named, "seeds": [0.0] * 3}}),), differences=(row,)))
+    assert f"| one minus two | loss | {told} |" in shown
+    assert f"| one | {told.split()[0]} ± " in shown
+
+
+@pytest.mark.parametrize("text", ["it holds", "It holds", "It holds."])
+def test_sentences_have_a_capital_and_a_full_stop(text):
+    assert "**Setting.** It holds.\n" in page(result(setting=text))
 
 
 def test_every_result_that_is_there_has_its_section():
     told = docs_module("hooks").generated("evidence")
     for key, one in known_results().items():
-        assert f"\n## {key}\n" in told
-        assert one.sentence in told
+        section = told.partition(f"\n## {key}\n")[2].partition("\n## ")[0]
+        assert f"**Verdict: {one.verdict}.** {one.sentence[0].upper()}{one.sentence[1:].rstrip('.')}." in section
+        assert f"\n{one.command}\n" in section
