@@ -37,14 +37,14 @@ def test_runs_of_one_seed_see_the_same_sequences():
 
 def test_training_goes_on_with_the_data_that_come_next():
     whole = tiny(layer={"dense": 8})
-    first = fit(seed=0, lr=1e-3, steps=1, domains=LOCAL, layer={"dense": 8})
-    later = fit(seed=0, lr=0.0, steps=1, domains=LOCAL, layer={"dense": 8}, model=first.model, skip=1)
+    first = fit(seed=0, lr=1e-3, steps=1, total=2, domains=LOCAL, layer={"dense": 8})
+    later = fit(seed=0, lr=0.0, steps=1, domains=LOCAL, layer={"dense": 8}, model=first.model, before=1)
     generator = torch.Generator().manual_seed(1000)
     draw(read(LOCAL).train, 16, LENGTH, generator)
     second_BQ = draw(read(LOCAL).train, 16, LENGTH, generator)
     logits_BQV = first.model(second_BQ[:, :-1])[0]
     loss = torch.nn.functional.cross_entropy(logits_BQV.flatten(0, 1), second_BQ[:, 1:].flatten())
-    assert later.losses[0] == pytest.approx(float(loss), abs=1e-6)
+    assert later.losses[0] == pytest.approx(loss.item(), abs=1e-6)
     assert whole.losses[0] == first.losses[0]
 
 

@@ -47,7 +47,8 @@ def fit(
     bigrams: bool = False,
     domains: tuple[str, ...] = DOMAINS,
     model: LanguageModel | None = None,
-    skip: int = 0,
+    before: int = 0,
+    total: int | None = None,
 ) -> Run:
     """Train a model; runs of one seed see the same sequences.
 
@@ -62,18 +63,19 @@ def fit(
         bigrams: see ``LanguageModel``.
         domains: of the text.
         model: to go on with, instead of a new one.
-        skip: steps whose data were used before.
+        before: steps that were made already: their data are passed over, and the rate goes on from there.
+        total: steps after which the rate is 0; None is ``before + steps``.
     """
     torch.manual_seed(seed)
     model = LanguageModel(layer, bigrams=bigrams) if model is None else model
     data, generator = read(tuple(domains)).train, torch.Generator().manual_seed(1000 + seed)
-    for _ in range(skip):
+    for _ in range(before):
         draw(data, BATCH, LENGTH, generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     balancer, losses, slots = Balancer(model.train(), balance or {}, statistic), [], []
-    for step in range(steps):
+    for step in range(before, before + steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step, steps)
+            group["lr"] = lr * schedule(step, total or before + steps)
         batch_BQ = draw(data, BATCH, LENGTH, generator)
         balancer.begin_step(BATCH * LENGTH)
         logits_BQV, state = model(batch_BQ[:, :-1])
