@@ -76,7 +76,7 @@ def _margin(figure: Mapping[str, Any] | None) -> str:
     if figure is None or figure["low"] is None:
         return number(figure and figure["mean"])
     digits = _digits(figure)
-    return f"{figure['mean']:,.{digits}f} ± {(figure['high'] - figure['low']) / 2:,.{digits}f}"
+    return f"{figure['mean']:,.{digits}f}\u00a0±\u00a0{(figure['high'] - figure['low']) / 2:,.{digits}f}"
 
 
 def _interval(figure: Mapping[str, Any]) -> str:

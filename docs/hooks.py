@@ -104,7 +104,8 @@ def _options(row: Method) -> str:
 
 def _annotation(option: inspect.Parameter) -> str:
     # a table takes no bare "|", and shows an escaped one inside of code with its backslash
-    return f"`{inspect.formatannotation(option.annotation).replace(' | ', ' or ')}`"
+    shown = re.sub(r"\bmixtura\.[\w.]*\.", "", inspect.formatannotation(option.annotation))
+    return f"`{shown.replace(' | ', ' or ')}`"
 
 
 def _recipe() -> str:

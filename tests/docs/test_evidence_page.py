@@ -21,7 +21,7 @@ def test_a_section_says_everything():
         "Source: Zhou et al., [arXiv:2202.09368](https://arxiv.org/abs/2202.09368), fig. 2; a book.",
         "**Setting.** A sum of two numbers.",
         "**Verdict: does not hold here.** The difference is 0 (-1 to 1).",
-        "| experts choose | 0.25 ± 0.12 |",
+        "| experts choose | 0.25\u00a0±\u00a00.12 |",
         r"| tokens \| choose | 12,345 | 1.235 |",
         r"| experts choose minus tokens \| choose | loss | 0.0 (-1.0 to 1.0) |",
         "    | experts choose | loss | 0.2 | 0.25 | 0.3 |",
@@ -44,7 +44,7 @@ def test_arms_may_have_different_figures_and_costs():
         "other", cost={"flops": 1.5e15}, figures={"speed": {"mean": 2.0, "low": None, "high": None, "seeds": [2.0] * 3}}
     )
     told = page(result(arms=(arm("one"), other)))
-    assert "| arm | loss | speed |\n| --- | --- | --- |\n| one | 0.25 ± 0.12 |  |\n| other |  | 2 |" in told
+    assert "| arm | loss | speed |\n| --- | --- | --- |\n| one | 0.25\u00a0±\u00a00.12 |  |\n| other |  | 2 |" in told
     assert "| other |  |  | 1.5e15 |" in told
 
 
@@ -79,7 +79,7 @@ def test_an_interval_is_shown_to_two_digits_of_its_half(interval, told):
     row = {"figure": "loss", "of": "one", "against": "two", **named}
     shown = page(result(arms=(arm("one", figures={"loss": {**named, "seeds": [0.0] * 3}}),), differences=(row,)))
     assert f"| one minus two | loss | {told} |" in shown
-    assert f"| one | {told.split()[0]} ± " in shown
+    assert f"| one | {told.split()[0]}\u00a0±\u00a0" in shown
 
 
 @pytest.mark.parametrize("text", ["it holds", "It holds", "It holds."])
