@@ -33,8 +33,8 @@ def measure(lab: Lab) -> Verdict:
     found = (wider.high < 0) + (learned.high < 0)
     return Verdict(
         {2: "holds", 1: "partly", 0: "does not hold here"}[found],
-        f"Twice the width makes {wider} bits per byte, a learned router {learned}. Differences of a pair of arms deviate "
-        f"by {min(spreads):.3f} to {spread:.3f} between seeds; with the larger one 3 seeds show differences from "
+        f"Twice the width makes {wider} bits per byte, a learned router {learned}. Differences of two arms deviate by "
+        f"{min(spreads):.3f} to {spread:.3f} between seeds; with the larger one 3 seeds show differences from "
         f"{smallest_difference(spread, 3):.3f} on and 5 from {smallest_difference(spread, 5):.3f} on.",
     )
 
