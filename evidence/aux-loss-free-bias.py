@@ -28,7 +28,7 @@ def measure(lab: Lab) -> Verdict:
     for name, rate in ((BIAS, 1e-3), (FAST, 1e-2)):
         run(lab, name, mixture("aux-loss-free-bias", num_experts=EXPERTS, k=2, rate=rate))
     run(lab, ACTIVE, {"dense": 128})
-    run(lab, RANDOM, mixture("random", num_experts=EXPERTS, k=2))
+    run(lab, RANDOM, mixture("random", k=2))
     best = min(LOSSES, key=lambda name: lab.mean(FIGURE, name))
     gaps = {name: lab.difference(FIGURE, name, best) for name in (BIAS, FAST)}
     uneven = {name: lab.mean("MaxVio", name) for name in gaps}

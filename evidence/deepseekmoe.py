@@ -47,7 +47,7 @@ def measure(lab: Lab) -> Verdict:
     run(lab, SHARED, {**fine, "shared": 1}, train_and_disable, balance=BALANCE)
     run(lab, ACTIVE, {"dense": 128})
     run(lab, TOTAL, {"dense": 8 * 64})
-    run(lab, RANDOM, mixture("random", num_experts=32, width=16, k=8))
+    run(lab, RANDOM, mixture("random", k=2))
     gains = [lab.difference(FIGURE, name, PLAIN) for name in (FINE, SHARED)]
     lost = {name: lab.mean(LOST, name) - lab.mean(FIGURE, name) for name in (PLAIN, FINE, SHARED)}
     better = any(gain.mean <= -0.01 and gain.high < 0 for gain in gains)

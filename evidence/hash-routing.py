@@ -1,7 +1,7 @@
 """Hash routing: how much of a mixture's gain needs a learned router?
 
 The published surprise: a fixed table from tokens to experts is about as good as a learned top-1 router. Bytes are too
-few to be hashed one by one, so tables are by pairs of bytes. One expert of width 128 a token, out of 8.
+few to be hashed one by one, so tables are by pairs of bytes. One expert of width 64 a token, out of 8.
 """
 
 from mixtura.evidence import Lab, Verdict, evidence
@@ -16,16 +16,16 @@ HASHED, LEARNED, RANDOM = "hash of two bytes", "top-1, balance 0.01", "random ex
     "per byte behind a learned top-1 router.",
     source="Roller et al., arXiv:2106.04426",
     figure="bits per byte, lower is better",
-    setting=SETTING + "; here 8 experts of width 128, one a token",
+    setting=SETTING + "; here one expert a token, and the dense layer has the width of one",
 )
 def measure(lab: Lab) -> Verdict:
     """A table, a learned router, chance, and dense."""
-    run(lab, HASHED, mixture("hash-routing", width=128, vocabulary=65536), bigrams=True)
-    switch = mixture("topk-softmax", width=128, k=1, renormalize=None)
+    run(lab, HASHED, mixture("hash-routing", vocabulary=65536), bigrams=True)
+    switch = mixture("topk-softmax", k=1, renormalize=None)
     run(lab, LEARNED, switch, balance={"load-balancing": 0.01})
-    run(lab, RANDOM, mixture("random", width=128, k=1))
-    run(lab, ACTIVE, {"dense": 128})
-    run(lab, TOTAL, {"dense": 8 * 128})
+    run(lab, RANDOM, mixture("random", k=1))
+    run(lab, ACTIVE, {"dense": 64})
+    run(lab, TOTAL, {"dense": 8 * 64})
     gain = lab.difference(FIGURE, HASHED, ACTIVE)
     behind = lab.difference(FIGURE, HASHED, LEARNED)
     chance = lab.difference(FIGURE, HASHED, RANDOM)
