@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mixtura.evidence import Lab, Verdict, evidence
 from mixtura.evidence.rigs import digits
 from mixtura.evidence.rigs.language import LENGTH
-from mixtura.evidence.rigs.language_arms import FIGURE, budget, mixture
+from mixtura.evidence.rigs.language_arms import budget, mixture
 from mixtura.evidence.rigs.language_training import HELD_OUT, figures, fit, hold_out
 from mixtura.evidence.rigs.text import held_out_sequences, read
 
