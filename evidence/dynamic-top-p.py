@@ -1,6 +1,7 @@
 """Dynamic top-p: as many experts as the router needs to be sure; as good as top-2 with fewer?
 
-The threshold is the paper's, 0.4; on a seed that is not reported it leads to 1.8 experts a token here, too. The claims about how the count behaves are asked of its course over training.
+The threshold is the paper's, 0.4; on a seed that is not reported it leads to 1.8 experts a token here, too. The
+claims about how the count behaves are asked of its course over training.
 """
 
 import statistics
