@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from mixtura.evidence.rigs import upcycled
 from mixtura.evidence.rigs.language import DIM, LENGTH, LanguageModel, decided
 from mixtura.evidence.rigs.language_arms import mixture
 from mixtura.evidence.rigs.language_training import figures, fit, hold_out, split
 from mixtura.evidence.rigs.text import LOCAL, draw, held_out_sequences, read
 from mixtura.hf.balance import Balancer
+from pico import pico
 
 TOP2 = mixture("topk-softmax", k=2)
 
@@ -83,3 +85,27 @@ def test_a_model_that_is_not_of_transformers_can_be_balanced():
     balancer.loss([state])[0].backward()
     balancer.end_step()
     assert model.blocks[0].feed_forward.router.selection_bias.any()
+
+
+def test_the_last_layers_of_a_model_are_trained_on_what_enters_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXTURA_CACHE", str(tmp_path))
+    monkeypatch.setattr(upcycled, "DOMAINS", LOCAL)
+    monkeypatch.setattr(upcycled, "load_model", lambda name: (pico("llama", vocab_size=256), bytes_of))
+    for cached in (upcycled.blocks, upcycled._tail):
+        cached.cache_clear()
+    whole, rows = pico("llama", vocab_size=256), torch.arange(2)
+    known_V, tokens_BQ = upcycled.blocks().known_V, upcycled.blocks().tokens_BQ[rows]
+    logits_BQV = whole(known_V[tokens_BQ]).logits[..., known_V]
+    wanted = torch.nn.functional.cross_entropy(logits_BQV[:, :-1].flatten(0, 1), tokens_BQ[:, 1:].flatten())
+    assert upcycled._loss(upcycled._tail(), rows).item() == pytest.approx(wanted.item(), abs=1e-3)
+    before = upcycled.held_out(upcycled._tail())
+    dense = upcycled.train(seed=0, lr=1e-2, steps=2)[upcycled.FIGURE]
+    mixed = upcycled.train(seed=0, lr=0.0, steps=1, options={"copies": 2, "shards": 2, "k": 2})[upcycled.FIGURE]
+    assert mixed == pytest.approx(before, abs=1e-5)
+    assert dense < before - 1e-3
+    for cached in (upcycled.blocks, upcycled._tail):
+        cached.cache_clear()
+
+
+def bytes_of(text, add_special_tokens):
+    return {"input_ids": list(text.encode())}
