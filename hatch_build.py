@@ -22,6 +22,7 @@ class NativeBuild(BuildHookInterface):  # type: ignore[type-arg]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before a wheel is built, an editable one too."""
+        build_data["force_include"]["evidence"] = "mixtura/evidence/scripts"  # of an editable one they lie beside
         native = Path(self.root) / NATIVE
         compiling = runpy.run_path(str(native / "build.py"))
         try:
