@@ -12,6 +12,7 @@ from mixtura.density.families import FAMILIES
 from mixtura.density.gate import as_gate, soft_labels
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.gaussian_mixture_regressor import GaussianMixtureRegressor
+from mixtura.density.kalman import kalman_predict, kalman_update
 from mixtura.density.links import CannotLink, MustLink
 from mixtura.density.pair_classifier import (
     PairClassifier,
@@ -57,6 +58,8 @@ __all__ = [
     "epistemic_confidence",
     "epistemic_covariance",
     "hypothesis_weight",
+    "kalman_predict",
+    "kalman_update",
     "noise_levels",
     "probability_radius",
     "regret_bound",
