@@ -18,6 +18,7 @@ FREE = "top-2, no balance"
     source="Fedus et al., arXiv:2101.03961; Jiang et al., arXiv:2401.04088",
     figure="bits per byte, lower is better",
     setting=SETTING,
+    seeds=5,
 )
 def measure(lab: Lab) -> Verdict:
     """Top-2 with and without balance against dense and random."""
