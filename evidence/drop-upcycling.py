@@ -1,6 +1,6 @@
 """Drop-upcycling: half of each copy's units drawn anew; worse at first, better in the end?
 
-600 dense steps, then 1200 as a mixture of 8 copies, 2 a token, with and without units drawn anew, or dense as before
+400 dense steps, then 800 as a mixture of 8 copies, 2 a token, with and without units drawn anew, or dense as before
 (half the work). The paper trains for far longer after the conversion; whether the curves cross within this budget is
 what is asked.
 """
@@ -9,7 +9,7 @@ from mixtura.evidence import Lab, Verdict, evidence
 from mixtura.evidence.rigs.language_arms import FIGURE, GRID, RANDOM, SETTING, TOTAL, mixture, run
 from mixtura.evidence.rigs.language_upcycling import AT_ONCE, DIVERSITY, EARLY, LATE, go_on
 
-DENSE, NAIVE, DROPPED = "dense, 1200 steps more", "copies", "copies, half drawn anew"
+DENSE, NAIVE, DROPPED = "dense, 800 steps more", "copies", "copies, half drawn anew"
 
 
 @evidence(
@@ -18,12 +18,12 @@ DENSE, NAIVE, DROPPED = "dense, 1200 steps more", "copies", "copies, half drawn 
     "twice as diverse.",
     source="Nakamura et al., arXiv:2502.19261",
     figure="bits per byte, lower is better",
-    setting=SETTING + "; upcycled arms: 600 dense steps and 1200 more",
+    setting=SETTING + "; upcycled arms: 400 dense steps and 800 more",
 )
 def measure(lab: Lab) -> Verdict:
     """Plain copies against copies drawn anew in part; dense beside."""
     small = {"dense_steps": 3, "steps": 3, "domains": ["code-python", "code-cpp"], "rows": 8}
-    budget = lab.pick({"dense_steps": 600, "steps": 1200}, smoke=small)
+    budget = lab.pick({"dense_steps": 400, "steps": 800}, smoke=small)
     mixed = {"balance": {"load-balancing": 0.01}, "options": {"copies": 8, "shards": 1, "k": 2}}
     for name, config in (
         (DENSE, {}),

@@ -49,7 +49,7 @@ def _two_ways(model, sequences):
     "causal language model they see the future, so the loss in training is not the loss in generation.",
     source="Zhou et al., arXiv:2202.09368",
     figure="test error, %, lower is better",
-    setting="R-DIG: 1797 digits, vision transformer (D 64, 4 blocks, 16 patches, 8 experts of width 64), 25 epochs, "
+    setting="R-DIG: 1797 digits, vision transformer (D 64, 4 blocks, 16 patches, 8 experts of width 64), 15 epochs, "
     "rates chosen on images of their own; for the leak R-LM-S, rate 0.003, no balance",
     seeds=5,
 )
