@@ -20,7 +20,7 @@ from mixtura.evidence.rigs.language_training import filled, schedule
 from mixtura.hf.balance import Balancer
 from mixtura.nn.state import RouterState, use_state
 
-BLOCKS, PATCHES, BATCH, EPOCHS = 4, 16, 64, 15
+BLOCKS, PATCHES, BATCH, EPOCHS = 4, 16, 64, 40
 PARTS = [1200, 237, 360]  # images to learn from, to choose by, to measure on
 ERROR, CHOOSING = "test error, %", "validation error, %"
 
