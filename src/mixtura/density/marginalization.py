@@ -58,7 +58,8 @@ class ValueNet(nn.Module):
         hidden = F.silu(self.first(F.one_hot(x_NL + 1, self.K + 1).flatten(1).to(self.first.weight.dtype)))
         for block in self.blocks:
             hidden = hidden + F.silu(block(hidden))
-        return self.last(hidden)
+        out: Tensor = self.last(hidden)
+        return out
 
 
 class MarginalizationModel(nn.Module):
@@ -111,7 +112,8 @@ class MarginalizationModel(nn.Module):
         return self._log_conditionals(self.check(x_NL))
 
     def _log_marginal(self, x_NL: Tensor) -> Tensor:
-        return self.marginal(x_NL)[:, 0]
+        log_N1: Tensor = self.marginal(x_NL)
+        return log_N1[:, 0]
 
     def _log_conditionals(self, x_NL: Tensor) -> Tensor:
         return F.log_softmax(self.conditional(x_NL).view(-1, self.L, self.K), -1)
