@@ -98,11 +98,16 @@ def places(system: System) -> list[str]:
     return [*(link("card", f"methods.md#{key}") for key in cards), *names]
 
 
-def standing(system: System) -> str:
-    """How much of a system is here: "built", "in part", or what its scope says."""
-    if not places(system):
-        return SCOPES[system.scope]
-    return "in part" if system.missing else "built"
+def standing(system: System, results: Mapping[str, Result]) -> str:
+    """How much of a system is here: "built", "in part", "tested", or what its scope says.
+
+    Args:
+        system: a row.
+        results: of evidence, by key.
+    """
+    if places(system):
+        return "in part" if system.missing else "built"
+    return "tested" if system.key in results else SCOPES[system.scope]
 
 
 def systems_page(results: Mapping[str, Result], rows: Sequence[System] | None = None) -> str:
@@ -119,13 +124,13 @@ def systems_page(results: Mapping[str, Result], rows: Sequence[System] | None = 
 
 
 def _counts(rows: Sequence[System], results: Mapping[str, Result]) -> str:
-    counts = Counter(standing(row) for row in rows)
-    told = [f"{counts[name]} {name}" for name in ("built", "in part", *SCOPES.values()) if counts[name]]
+    counts = Counter(standing(row, results) for row in rows)
+    told = [f"{counts[name]} {name}" for name in ("built", "in part", "tested", *SCOPES.values()) if counts[name]]
     return f"**{len(rows)} systems**: {'; '.join(told)}. {sum(row.key in results for row in rows)} with evidence."
 
 
 def _group(title: str, rows: Iterable[System], results: Mapping[str, Result]) -> str:
-    cells = ((_name(row), row.what, _state(row) + _verdict(row.key, results)) for row in rows)
+    cells = ((_name(row), row.what, _state(row, results) + _verdict(row.key, results)) for row in rows)
     return f"## {title}\n\n" + table(("system", "what it is", "here"), cells)
 
 
@@ -137,10 +142,11 @@ def _name(row: System) -> str:
     return f"**{row.key}**<br>{row.title}, {row.source}"
 
 
-def _state(row: System) -> str:
+def _state(row: System, results: Mapping[str, Result]) -> str:
     found = ", ".join(places(row))
     without = f" without {row.missing}" if row.missing else ""
-    return f"{standing(row)}: {found}{without}" if found else standing(row)
+    stands = standing(row, results)
+    return f"{stands}: {found}{without}" if found else stands
 
 
 def _verdict(key: str, results: Mapping[str, Result]) -> str:

@@ -61,24 +61,29 @@ def test_the_head_counts_the_lines():
     told = page()
     count = {
         name: int(number)
-        for number, name in re.findall(r"(\d+) (built|in part|planned|reference)", told.splitlines()[0])
+        for number, name in re.findall(r"(\d+) (built|in part|tested|planned|reference)", told.splitlines()[0])
     }
     parts = told.partition("## Beside the list")[0].splitlines()
     lines = [row.rsplit(" | ", 1)[1] for row in parts if row.startswith("| **")]
     assert len(lines) == len(ROWS)
     assert count["built"] == sum(row.startswith("built") for row in lines)
     assert count["in part"] == sum(row.startswith("in part") for row in lines)
+    assert count.get("tested", 0) == sum(row.startswith("tested") for row in lines)
     assert count["reference"] == sum(row.startswith("reference") for row in lines)
 
 
 def test_a_system_stands_as_what_is_there_says():
-    module = docs_module("systems_page")
-    assert module.standing(system()) == "planned"
-    assert module.standing(system(scope="recipe")) == "planned, as a recipe"
-    assert module.standing(system(scope="reference")) == "reference"
-    assert module.standing(system(key="expert-choice")) == "built"
-    assert module.standing(system(at=["mixtura.density.GaussianMixture"])) == "built"
-    assert module.standing(system(at=["mixtura.density.GaussianMixture"], missing="half")) == "in part"
+    def standing(**options):
+        return docs_module("systems_page").standing(system(**options), {"expert-choice": 1, "tried": 1})
+
+    density = ["mixtura.density.GaussianMixture"]
+    assert standing() == "planned"
+    assert standing(scope="recipe") == "planned, as a recipe"
+    assert standing(scope="reference") == "reference"
+    assert standing(key="tried", scope="recipe") == "tested"
+    assert standing(key="expert-choice") == "built"
+    assert standing(at=density) == "built"
+    assert standing(at=density, missing="half") == "in part"
 
 
 def test_a_page_of_three():
