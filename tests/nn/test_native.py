@@ -198,7 +198,7 @@ def test_tokens_and_weights_may_be_views_and_the_weights_a_memory_map(tmp_path):
 
 REFUSED = {
     "must be float32 or bfloat16": lambda m, h: (m.double(), h.double()),
-    "plain, and weights contiguous": lambda m, h: (_strided(m), h),
+    "weights must be contiguous": lambda m, h: (_strided(m), h),
     "of the experts' width": lambda m, h: (m, h[:, :-1]),
     "it runs on the CPU": lambda m, h: (m, h.to("meta")),
 }

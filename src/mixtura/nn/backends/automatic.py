@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mixtura.nn.backends.native.experts import compute, why_not
+from mixtura.nn.backends.native.experts import native_or
 from mixtura.nn.backends.sorted import sorted_backend
 
 
@@ -16,5 +16,4 @@ def automatic_backend(
 
     Otherwise is: another device or type, experts that are no plain tensors, or no library.
     """
-    backend = sorted_backend if why_not(experts, hidden_TD) else compute
-    return backend(experts, hidden_TD, indices_TK, weights_TK)
+    return native_or(sorted_backend, experts, hidden_TD, indices_TK, weights_TK)

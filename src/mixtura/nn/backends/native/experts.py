@@ -5,6 +5,7 @@ T tokens, D width, E experts, K slots a token, F expert width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,57 +30,80 @@ def native_backend(
         NotExpressibleError: if the library cannot, with the reason; see ``why_not``.
         ShapeError: if an index is negative, or tokens, indices and weights disagree.
     """
-    if reason := why_not(experts, hidden_TD):
+    form, tensors = _form(experts), _tensors(experts)
+    if reason := _refusal(experts, form, tensors, hidden_TD):
         raise NotExpressibleError(f"native experts: {reason}")
-    return compute(experts, hidden_TD, indices_TK, weights_TK)
+    return _compute(form, tensors, hidden_TD, indices_TK, weights_TK)
 
 
-def compute(
-    experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+def native_or(
+    otherwise: Callable[..., torch.Tensor],
+    experts: nn.Module,
+    hidden_TD: torch.Tensor,
+    indices_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
 ) -> torch.Tensor:
-    """As ``native_backend``, for experts of which ``why_not`` has nothing to say."""
+    """As ``native_backend``, but ``otherwise`` computes what the library cannot."""
+    form, tensors = _form(experts), _tensors(experts)
+    if _refusal(experts, form, tensors, hidden_TD):
+        return otherwise(experts, hidden_TD, indices_TK, weights_TK)
+    return _compute(form, tensors, hidden_TD, indices_TK, weights_TK)
+
+
+def why_not(experts: nn.Module, hidden_TD: torch.Tensor) -> str:
+    """Why the library cannot compute these experts for these tokens; "" if it can."""
+    return _refusal(experts, _form(experts), _tensors(experts), hidden_TD)
+
+
+def _compute(
+    form: Any, tensors: Tensors, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
     if hidden_TD.shape[0] != indices_TK.shape[0] or indices_TK.shape != weights_TK.shape or indices_TK.ndim != 2:
         raise ShapeError(
             f"hidden_TD {tuple(hidden_TD.shape)}, indices_TK {tuple(indices_TK.shape)} and weights_TK "
             f"{tuple(weights_TK.shape)} must be (T, D), (T, K), (T, K)"
         )
-    dtype, form = _dtype(hidden_TD), _form(experts)
-    assert form is not None
-    tokens_TD, *tensors = (_as(t, dtype) for t in (hidden_TD, *_tensors(experts)))
-    inputs = (tokens_TD, _as(indices_TK, torch.int64), _as(weights_TK, torch.float32), *tensors)
+    dtype = _dtype(hidden_TD)
+    inputs: Any = (hidden_TD, indices_TK, weights_TK, *tensors)
+    types = (dtype, torch.int64, torch.float32, dtype, dtype, dtype, dtype)
+    inputs = [t if t is None or t.dtype == wanted else t.to(wanted) for t, wanted in zip(inputs, types, strict=True)]
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if _is_watched() or not all(t is None or type(t) in _PLAIN for t in inputs):
         out_TD = OPERATOR(*inputs, *form, keep)[0]
     elif keep:
         out_TD = Differentiable.apply(form, *inputs)  # type: ignore[no-untyped-call]
     else:
-        out_TD = forward(*inputs, *form, keep)[0]  # type: ignore[arg-type, call-arg]
-    return _as(out_TD, hidden_TD.dtype)  # type: ignore[return-value]
+        out_TD = forward(*inputs, *form, keep)[0]  # type: ignore[call-arg]
+    return out_TD if dtype == hidden_TD.dtype else out_TD.to(hidden_TD.dtype)  # type: ignore[no-any-return]
 
 
-def why_not(experts: nn.Module, hidden_TD: torch.Tensor) -> str:
-    """Why the library cannot compute these experts for these tokens; "" if it can."""
-    tensors = [t for t in _tensors(experts) if t is not None]
-    first = tensors[0]
+def _refusal(experts: Any, form: Form | None, tensors: Tensors, hidden_TD: torch.Tensor) -> str:
     missing: str = _why_no_library()
     if missing:
         return missing
-    if any(t.device.type != "cpu" for t in (hidden_TD, *tensors)):
-        return f"it runs on the CPU, not on {hidden_TD.device.type}"
-    dtypes = [t.dtype for t in (hidden_TD, *tensors)]
-    if _dtype(hidden_TD) not in DTYPES or any(dtype not in DTYPES for dtype in dtypes):
-        return "tokens and weights must be float32 or bfloat16"
-    if not torch.is_autocast_enabled("cpu") and any(dtype != dtypes[0] for dtype in dtypes):
-        return "tokens and weights must be of one type"
-    if not all(t.is_contiguous() for t in tensors) or not all(_is_plain(t) for t in (hidden_TD, *tensors)):
-        return "tokens and weights must be plain, and weights contiguous"
-    if hidden_TD.ndim != 2 or hidden_TD.shape[-1] != (first.shape[1] if experts.is_transposed else first.shape[2]):
+    autocast = torch.is_autocast_enabled("cpu")
+    for tensor in (hidden_TD, *tensors):
+        if tensor is not None and (reason := _refusal_of(tensor, hidden_TD, autocast)):
+            return reason
+    if not all(t is None or t.is_contiguous() for t in tensors):
+        return "weights must be contiguous"
+    if hidden_TD.ndim != 2 or hidden_TD.shape[1] != tensors[0].shape[1 if experts.is_transposed else 2]:
         return f"tokens must be of the experts' width, got shape {tuple(hidden_TD.shape)}"
     if experts.has_post_expert_norm:
         return "experts are normalized after the second projection"
     if not torch.compiler.is_compiling() and _is_transformed():
         return "it has no transforms of torch.func and no derivatives forward"
-    return "" if _form(experts) is not None else "the activation is not one of its own"
+    return "" if form is not None else "the activation is not one of its own"
+
+
+def _refusal_of(tensor: torch.Tensor, hidden_TD: torch.Tensor, autocast: bool) -> str:
+    if tensor.device.type != "cpu":
+        return f"it runs on the CPU, not on {tensor.device.type}"
+    if tensor.dtype not in DTYPES or (autocast and torch.get_autocast_dtype("cpu") not in DTYPES):
+        return "tokens and weights must be float32 or bfloat16"
+    if tensor.dtype != hidden_TD.dtype and not autocast:
+        return "tokens and weights must be of one type"
+    return "" if _is_plain(tensor) else "tokens and weights must be plain tensors"
 
 
 def experts_struct(experts: Any) -> ExpertsStruct:
@@ -100,12 +124,8 @@ def _form(experts: Any) -> Form | None:
     activation = experts_activation(experts)
     if activation is None:
         return None
-    alpha, limit = (float(getattr(experts, name, 0.0) or 0.0) for name in ("alpha", "limit"))
+    alpha, limit = (float(experts.__dict__.get(name) or 0.0) for name in ("alpha", "limit"))
     return Form(activation, experts.has_gate, experts.is_transposed, not experts.is_concatenated, alpha, limit)
-
-
-def _as(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
