@@ -194,7 +194,7 @@ def test_training(watch):
 
 def test_memory_and_the_first_token(watch, monkeypatch):
     told = iter([{"seconds": n, "gigabytes": 2.0 * n} for n in range(1, 99)])
-    monkeypatch.setattr(FirstToken, "_once", lambda one: next(told))
+    monkeypatch.setattr(FirstToken, "_once", lambda one, clock: next(told))
     options = {"cases": (("moe", 6),), "shapes": SHAPES}
     done = list(memory(watch, wanted=lambda name: name == "moe/L6", rounds=1, **options))
     assert [(case.name, case.unit) for case in done] == [("moe/L6/first token", "s"), ("moe/L6/peak", "GB")]

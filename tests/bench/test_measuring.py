@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -40,7 +41,7 @@ class Fake:
     def __init__(self, who, world, *seconds):
         self.who, self.world, self.seconds = who, world, list(seconds)
 
-    def run(self, times):
+    def run(self, times, clock="wall"):
         taken = []
         for _ in range(times):
             taken.append(self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0])
@@ -120,10 +121,10 @@ def test_who_fails_is_told_and_the_others_are_timed():
     world = World()
 
     class Breaks(Fake):
-        def run(self, times):
+        def run(self, times, clock="wall"):
             if len(world.log) > 4:
                 raise ValueError("no\nmore")
-            return super().run(times)
+            return super().run(times, clock)
 
     outcome = interleave([Breaks("b", world, 1), Fake("a", world, 1)], world.watch(), rounds=3)
     assert outcome.failed == {"b": "ValueError: no more"}
@@ -150,6 +151,28 @@ def test_processor_time_of_this_process_grows_with_work():
     assert used_seconds({2**30})[1] == 0  # there is no such process
 
 
+def test_sleep_takes_no_time_of_the_processor():
+    sleeps = Here("sleeps", lambda: time.sleep(0.05))
+    (wall,), (processor,) = sleeps.run(1), sleeps.run(1, "processor")
+    assert wall >= 0.05
+    assert processor < 0.04
+
+
+def test_by_the_processor_nothing_is_waited_for_and_no_round_is_repeated():
+    world, clocks = World(lambda now: 1.0), []
+
+    class Asked(Fake):
+        def run(self, times, clock="wall"):
+            clocks.append(clock)
+            return super().run(times)
+
+    outcome = interleave([Asked("a", world, 1)], world.watch(timer="processor", patience=1000.0), rounds=3)
+    assert outcome.timings["a"].rounds == 3
+    assert set(clocks) == {"processor"}
+    assert world.now < 20
+    assert not outcome.quiet
+
+
 def test_processes_that_were_started_and_have_ended_count_as_own():
     before = used_seconds({os.getpid()})
     subprocess.run([sys.executable, "-c", "sum(range(10_000_000))"], check=True)
@@ -174,9 +197,9 @@ def test_the_lock_is_shared_while_preparing_and_held_alone_while_timing(tmp_path
     path, world, seen = tmp_path / "lock", World(), []
 
     class Looks(Fake):
-        def run(self, times):
+        def run(self, times, clock="wall"):
             seen.append(free(path))
-            return super().run(times)
+            return super().run(times, clock)
 
     with world.watch(lock=path) as watch:
         assert free(path) == [True, False]
@@ -200,10 +223,10 @@ def test_the_lock_is_given_back_when_a_round_breaks(tmp_path):
     world = World()
 
     class Interrupted(Fake):
-        def run(self, times):
+        def run(self, times, clock="wall"):
             if world.log:
                 raise KeyboardInterrupt
-            return super().run(times)
+            return super().run(times, clock)
 
     with world.watch(lock=tmp_path / "lock") as watch:
         with pytest.raises(KeyboardInterrupt):

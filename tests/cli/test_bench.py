@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mixtura.bench import limits as limits_module
@@ -17,6 +18,9 @@ def small(monkeypatch):
     monkeypatch.setattr(limits_module, "Read", lambda who: Read(who, 1 << 16))
     monkeypatch.setattr("mixtura.bench.measuring.used_seconds", lambda own: None)
     monkeypatch.delenv("MIXTURA_PEERS", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(*arguments):
@@ -42,6 +46,15 @@ def test_json_on_standard_output():
     assert "gemm/fp32/3x4x5" in done.stderr
 
 
+def test_by_the_processor(tmp_path):
+    path = tmp_path / "limits.json"
+    done = run("limits", "--rounds", 1, "--threads", 1, "--clock", "processor", "--json", path)
+    assert done.exit_code == 0, done.output
+    told = json.loads(path.read_text())
+    assert told["clock"] == "processor"
+    assert all(row["value"] > 0 for row in told["rows"])
+
+
 def test_cases_of_a_file_are_kept(tmp_path):
     path = tmp_path / "limits.json"
     for pattern in ("gemm/*", "gemv/bf16", "read"):
@@ -55,6 +68,11 @@ def test_cases_of_a_file_are_kept(tmp_path):
     [
         (["limit"], "error: unknown benchmark 'limit'; did you mean 'limits'"),
         (["limits", "--cases", "none/*"], "error: no case of 'limits' matches 'none/*'"),
+        (["limits", "--clock", "walk"], "error: unknown clock 'walk'; did you mean 'wall'"),
+        (
+            ["limits", "--clock", "processor", "--threads", 2],
+            "error: the clock 'processor' is for one thread (--threads 1), got 2",
+        ),
         (["layer", "--peers", "zentorh"], "error: unknown peer 'zentorh'; did you mean 'zentorch'"),
         (["layer", "--peers", "vllm"], "error: peer 'vllm' is not set up: no folder was given (--peers-folder or"),
         (["layer", "--peers-folder", "nowhere"], "error: the folder of peers 'nowhere' does not exist"),
@@ -64,7 +82,7 @@ def test_cases_of_a_file_are_kept(tmp_path):
             "error: FileNotFoundError: [Errno 2] No such file",
         ),
     ],
-    ids=["kind", "cases", "peer", "not set up", "folder", "file", "lock"],
+    ids=["kind", "cases", "clock", "threads", "peer", "not set up", "folder", "file", "lock"],
 )
 def test_wrong_input_is_one_line(arguments, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from mixtura.bench.contest import Contest, cosines, relative_errors
 from mixtura.bench.limits import READ_BYTES, Read
-from mixtura.bench.measuring import Contestant, Watch, interleave
+from mixtura.bench.measuring import CLOCKS, Contestant, Watch, interleave
 from mixtura.bench.models import SHAPES, UPCYCLED, make_model, step_bytes, twin
 from mixtura.bench.report import Case
 from mixtura.core.errors import FetchError, MixturaWarning
@@ -156,13 +155,13 @@ class Steps:
             self._cache = model(input_ids=prompts_BL, use_cache=True, logits_to_keep=1).past_key_values
 
     @torch.no_grad()
-    def run(self, times: int) -> list[float]:
+    def run(self, times: int, clock: str = "wall") -> list[float]:
         """Seconds of each of so many steps."""
-        seconds = []
+        now, seconds = CLOCKS[clock], []
         for n in range(times):
-            start = time.perf_counter()
+            start = now()
             self._step(n)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now() - start)
         self._cache.crop(-times)
         return seconds
 

@@ -1,6 +1,6 @@
 """A process that loads a model, computes the first token of a prompt, and tells how long it took and what it needed.
 
-Started by ``mixtura.bench.memory`` as ``python -m mixtura.bench.first_token FOLDER WHO TOKENS THREADS``.
+Started by ``mixtura.bench.memory`` as ``python -m mixtura.bench.first_token FOLDER WHO TOKENS THREADS CLOCK``.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
 import torch
 
+from mixtura.bench.measuring import CLOCKS
 
-def first_token(folder: str, who: str, tokens: int, threads: int) -> dict[str, float]:
+
+def first_token(folder: str, who: str, tokens: int, threads: int, clock: str) -> dict[str, float]:
     """Load a model and read a prompt of random tokens.
 
     Args:
@@ -22,6 +23,7 @@ def first_token(folder: str, who: str, tokens: int, threads: int) -> dict[str, f
         who: "mixtura" for ``accelerate``, else a name of transformers' ways to compute experts.
         tokens: of the prompt.
         threads: of torch and the library.
+        clock: one of ``CLOCKS``.
 
     Returns:
         ``seconds`` from the call of ``from_pretrained`` to the token, imports excluded, and ``gigabytes`` of memory the
@@ -34,14 +36,14 @@ def first_token(folder: str, who: str, tokens: int, threads: int) -> dict[str, f
 
     torch.set_num_threads(threads)
     ids = torch.randint(0, 100, (1, tokens), generator=torch.Generator().manual_seed(0))
-    start = time.perf_counter()
+    start = (now := CLOCKS[clock])()
     options = {} if who == "mixtura" else {"experts_implementation": who}
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     if who == "mixtura":
         mixtura.accelerate(model)
     with torch.no_grad():
         model(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-    seconds = time.perf_counter() - start
+    seconds = now() - start
     return {"seconds": seconds, "gigabytes": peak_gigabytes()}
 
 
@@ -56,4 +58,4 @@ def peak_gigabytes() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(first_token(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    print(json.dumps(first_token(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])))

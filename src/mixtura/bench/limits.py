@@ -38,7 +38,7 @@ class Product:
 
 
 class Read:
-    """Reads memory by all threads, as a contestant whose seconds are those of the library's own clock.
+    """Reads memory by all threads, as a contestant; where the wall counts, its seconds are by the library's own clock.
 
     Args:
         who: its name.
@@ -50,10 +50,12 @@ class Read:
         self._memory = torch.ones(size // 4)
         self.bytes = self._memory.nbytes
 
-    def run(self, times: int) -> list[float]:
+    def run(self, times: int, clock: str = "wall") -> list[float]:
         """Seconds of each of so many passes."""
         if library() is None:
-            return Here(self.who, self._memory.sum).run(times)
+            return Here(self.who, self._memory.sum).run(times, clock)
+        if clock != "wall":
+            return Here(self.who, lambda: read_bandwidth(self._memory)).run(times, clock)
         return [self.bytes / read_bandwidth(self._memory) for _ in range(times)]
 
 

@@ -3,6 +3,9 @@
 A round gives each contestant a burst of runs; what counts of it is the median. A result is the median over rounds, so
 that what drifts (clock, memory, other guests of the machine) hits everybody. A round in which other processes used the
 processor does not count, unless there are too few without.
+
+On a machine that is never quiet, the clock "processor" counts the seconds in which one thread was computing: others
+still share caches and memory with it, but the time that they compute is not counted.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ try:
 except ImportError:  # Windows: there is neither a lock nor a /proc/stat
     fcntl = None  # type: ignore[assignment]
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 ROUNDS = 7
 QUIET = 0.15  # cores that others may use
 BURST = 0.06
@@ -43,8 +47,8 @@ class Contestant(Protocol):
 
     who: str
 
-    def run(self, times: int) -> Sequence[float]:
-        """Seconds of each of so many runs."""
+    def run(self, times: int, clock: str = "wall") -> Sequence[float]:
+        """Seconds of each of so many runs, by one of ``CLOCKS``."""
         ...
 
 
@@ -60,13 +64,13 @@ class Here:
     who: str
     call: Callable[[], object]
 
-    def run(self, times: int) -> list[float]:
-        """Seconds of each of so many runs."""
-        seconds = []
+    def run(self, times: int, clock: str = "wall") -> list[float]:
+        """Seconds of each of so many runs, by one of ``CLOCKS``."""
+        now, seconds = CLOCKS[clock], []
         for _ in range(times):
-            start = time.perf_counter()
+            start = now()
             self.call()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now() - start)
         return seconds
 
 
@@ -118,6 +122,7 @@ class Watch:
     Args:
         patience: seconds to wait before a round.
         lock: file that benchmarks of this machine lock in turns, for a minute or one round at a time; None for none.
+        timer: one of ``CLOCKS``, for the runs. By "processor" nothing is waited for and no round is repeated.
         used: seconds of processor time that everybody, and that these processes have used so far; None if unknown.
         clock: seconds.
         sleep: waits so many seconds.
@@ -131,13 +136,14 @@ class Watch:
         *,
         patience: float = 60.0,
         lock: Path | None = None,
+        timer: str = "wall",
         used: Callable[[set[int]], tuple[float, float] | None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if lock is not None and fcntl is None:
             raise OptionError("a lock needs a system with flock")
-        self.patience, self.lock = patience, lock
+        self.patience, self.lock, self.timer = patience if timer == "wall" else 0.0, lock, timer
         self.used, self.clock, self.sleep = used or used_seconds, clock, sleep
         self.own = {os.getpid()}
         self._file: IO[str] | None = None
@@ -223,10 +229,11 @@ def interleave(
         burst: seconds of a contestant in a round, if one run is shorter.
     """
     failed: dict[str, str] = {}
-    runs = {one.who: _number_of_runs(one, burst, failed) for one in contestants}
+    runs = {one.who: _number_of_runs(one, burst, watch, failed) for one in contestants}
+    most = 2 * rounds if watch.timer == "wall" else rounds
     taken: list[tuple[float | None, dict[str, float]]] = []
     try:
-        while sum(_undisturbed(foreign) for foreign, _ in taken) < rounds and len(taken) < 2 * rounds:
+        while sum(_undisturbed(foreign) for foreign, _ in taken) < rounds and len(taken) < most:
             foreign = watch.round()
             running = [one for one in contestants if one.who not in failed]
             seconds = {one.who: _burst(one, *runs[one.who], watch, failed) for one in running}
@@ -252,12 +259,12 @@ def _undisturbed(foreign: float | None) -> bool:
     return foreign is None or foreign < QUIET
 
 
-def _number_of_runs(one: Contestant, burst: float, failed: dict[str, str]) -> tuple[int, bool]:
+def _number_of_runs(one: Contestant, burst: float, watch: Watch, failed: dict[str, str]) -> tuple[int, bool]:
     """How many runs are a burst, and whether one before them is needed to get warm."""
     try:
-        seconds = one.run(1)[0]
+        seconds = one.run(1, watch.timer)[0]
         if seconds < _SLOW:
-            seconds = min(one.run(3))
+            seconds = min(one.run(3, watch.timer))
     except Exception as error:
         failed[one.who] = _words(error)
         return 1, False
@@ -267,7 +274,7 @@ def _number_of_runs(one: Contestant, burst: float, failed: dict[str, str]) -> tu
 def _burst(one: Contestant, times: int, warm: bool, watch: Watch, failed: dict[str, str]) -> float:
     watch.sleep(_SETTLE)
     try:
-        return statistics.median(one.run(times + warm)[warm:])
+        return statistics.median(one.run(times + warm, watch.timer)[warm:])
     except Exception as error:
         failed[one.who] = _words(error)
         return float("nan")

@@ -1,7 +1,7 @@
 """What a benchmark tells: the machine, versions, limits, and a row for each contestant of a case.
 
 Everything is told as a dict that goes to JSON as it is:
-``{kind, machine, versions, quiet, limits, rows: [{case, who, value, unit, vs_best_peer, of_limit, iqr, error}],
+``{kind, clock, machine, versions, quiet, limits, rows: [{case, who, value, unit, vs_best_peer, of_limit, iqr, error}],
 left_out: {case: {who: why}}, foreign: {case: cores}}``.
 """
 
@@ -89,20 +89,23 @@ class Report:
         threads: of the computations.
         path: JSON file that is written after each case; None for none.
         keep: whether cases that the file has already stay in it, unless they are timed anew.
+        clock: that runs were timed by.
 
     Attributes:
         cases: so far.
         versions: of what stands here; those of peers are added.
 
     Raises:
-        OptionError: if what is kept was timed on another machine or with other versions.
+        OptionError: if what is kept was timed on another machine, by another clock or with other versions.
     """
 
-    def __init__(self, kind: str, threads: int, path: Path | None = None, *, keep: bool = False) -> None:
+    def __init__(
+        self, kind: str, threads: int, path: Path | None = None, *, keep: bool = False, clock: str = "wall"
+    ) -> None:
         self.path = path
         self.versions = own_versions()
         self.cases: list[Case] = []
-        self._head = {"kind": kind, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+        self._head = {"kind": kind, "clock": clock, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
         self._machine = machine(threads)
         self._kept: dict[str, Any] = {}
         if keep and path is not None and path.exists():
@@ -145,8 +148,12 @@ class Report:
         return {**kept, **new}
 
     def _checked(self, kept: dict[str, Any]) -> dict[str, Any]:
-        for what, mine in (("kind", self._head), ("machine", self._machine), ("versions", self.versions)):
-            theirs = {"kind": kept["kind"]} if what == "kind" else kept[what]
+        kept_head = {name: kept[name] for name in ("kind", "clock")}
+        for theirs, mine in (
+            (kept_head, self._head),
+            (kept["machine"], self._machine),
+            (kept["versions"], self.versions),
+        ):
             for name in theirs.keys() & mine.keys():
                 if theirs[name] != mine[name]:
                     raise OptionError(

@@ -21,6 +21,9 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in turns; the median is told.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="Of all contestants. Default: torch's.")] = None,
+    clock: Annotated[
+        str, typer.Option(help="wall, or processor: the seconds in which one thread computes (with --threads 1).")
+    ] = "wall",
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a quiet machine, each round.")] = 60.0,
     lock: Annotated[Path | None, typer.Option(help="File that benchmarks of this machine lock in turns.")] = None,
     json_file: Annotated[
@@ -49,6 +52,7 @@ def bench(
         peers=names,
         peers_folder=peers_folder,
         rounds=rounds,
+        clock=clock,
         patience=patience,
         lock=lock,
         path=None if to_stdout else json_file,
