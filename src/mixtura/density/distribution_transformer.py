@@ -71,7 +71,8 @@ class MixtureBatch(NamedTuple):
         white_BKD = torch.linalg.solve_triangular(self.factors_BKDD, off_BKD1, upper=False)[..., 0]
         log_det_BK = self.factors_BKDD.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         constant = 0.5 * theta_BD.shape[1] * math.log(2 * math.pi)
-        return (self.log_weights_BK - 0.5 * white_BKD.square().sum(-1) - log_det_BK - constant).logsumexp(1)
+        log_BK: Tensor = self.log_weights_BK - 0.5 * white_BKD.square().sum(-1) - log_det_BK - constant
+        return log_BK.logsumexp(1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One draw of each, (B, D)."""
@@ -137,7 +138,8 @@ class DistributionTransformer(nn.Module):
         """The posterior of one fitted mixture after observations (M, C), as a mixture."""
         data_MC = torch.as_tensor(np.asarray(as_numpy(data), dtype=np.float32))
         with torch.no_grad():
-            return self(MixtureBatch.of(prior), data_MC[None]).mixture()
+            found: MixtureBatch = self(MixtureBatch.of(prior), data_MC[None])
+        return found.mixture()
 
 
 class _Block(nn.Module):
