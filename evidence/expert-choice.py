@@ -51,7 +51,6 @@ def _two_ways(model, sequences):
     figure="test error, %, lower is better",
     setting="R-DIG: 1797 digits, vision transformer (D 64, 4 blocks, 16 patches, 8 experts of width 64), 40 epochs, "
     "rates chosen on images of their own; for the leak R-LM-S, rate 0.003, no balance",
-    seeds=5,
 )
 def measure(lab: Lab) -> Verdict:
     """Two choices, dense and random on digits; the leak on text."""
