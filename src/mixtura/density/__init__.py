@@ -12,6 +12,7 @@ from mixtura.density.families import FAMILIES
 from mixtura.density.gate import as_gate, soft_labels
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.gaussian_mixture_regressor import GaussianMixtureRegressor
+from mixtura.density.ila_sdp import LikelihoodAdjustedSDP, kmeans_sdp
 from mixtura.density.kalman import kalman_predict, kalman_update
 from mixtura.density.links import CannotLink, MustLink
 from mixtura.density.pair_classifier import (
@@ -37,6 +38,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianMixtureBatch",
     "GaussianMixtureRegressor",
+    "LikelihoodAdjustedSDP",
     "MaxConditionNumber",
     "MinWeight",
     "MixtureSearch",
@@ -60,6 +62,7 @@ __all__ = [
     "hypothesis_weight",
     "kalman_predict",
     "kalman_update",
+    "kmeans_sdp",
     "noise_levels",
     "probability_radius",
     "regret_bound",
