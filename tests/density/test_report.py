@@ -14,7 +14,7 @@ from mixtura.density._svg import HEIGHT, WIDTH, Plot, ticks
 from mixtura.density._words import choice_words, components_of, family_words
 from mixtura.density.families import FAMILIES
 from mixtura.density.fit_table import fit_table
-from mixtura.density.report import plain, write_report
+from mixtura.density.report import plain, plus_minus, write_report
 from mixtura.density.table import Table, read_table
 
 X, WHICH = rows()
@@ -211,7 +211,7 @@ def test_cautions(tmp_path):
     told = write_report(tmp_path / "report.html", search, discrete[:, :1])
     said = " ".join(told["cautions"])
     assert "of the rows repeat others" in said
-    assert "has 1 rows: too few to say much" in said
+    assert "has 1 row: too few to say much" in said
     assert "The largest number of components that was tried, 2, is the best" in said
     overlapping = GaussianMixture(3, random_state=0, covariance="EII").fit(
         np.random.default_rng(0).normal(size=(99, 2))
@@ -236,6 +236,29 @@ def test_a_plot_of_one_point_has_a_range():
     plot = Plot((3, 3), (0, 0), "t", "x", "y")
     plot.points(np.array([[3.0, 0.0]]), ["red"])
     assert f'cx="{(58 + WIDTH - 12) / 2}"' in plot.svg()
+
+
+def test_means_are_shown_to_the_digits_that_deviations_speak_of():
+    assert plus_minus(0.25213, 0.105) == "0.25 ± 0.10"
+    assert plus_minus(123456.7, 3210.0) == "123,500 ± 3,200"
+    assert plus_minus(-3.0, 1e-9) == "-3 ± 1e-09"
+    assert plus_minus(5.0034, 0.391) == "5.00 ± 0.39"
+
+
+def test_models_are_listed_best_first(tmp_path):
+    search = MixtureSearch(range(2, 5), covariance=["EII", "VVV", "EEE"], random_state=0).fit(X)
+    write_report(tmp_path / "report.html", search, X)
+    table = (tmp_path / "report.html").read_text("utf-8").split("<h2>Models tried</h2>")[1]
+    shown = [float(one.replace(",", "")) for one in re.findall(r"</td><td>\d</td><td>([-\d,.]+)</td>", table)]
+    assert shown == sorted(shown)
+    assert len(shown) == 9
+
+
+def test_every_color_that_a_report_uses_is_defined_for_light_and_dark(tmp_path):
+    write_report(tmp_path / "report.html", GaussianMixture(3, random_state=0).fit(X), X)
+    html = (tmp_path / "report.html").read_text("utf-8")
+    for name in set(re.findall(r"var\((--color\d)\)", html)):
+        assert html.count(f"{name}:#") == 2
 
 
 def test_plain_data_have_no_nan():

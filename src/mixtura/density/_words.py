@@ -115,7 +115,7 @@ def cautions(mixture: Any, X: Floats, components: list[Component], search: Any =
     found = []
     for k, one in enumerate(components, 1):
         if one.rows < FEW_ROWS:
-            found.append(f"Component {k} has {one.rows:.3g} rows: too few to say much about it.")
+            found.append(f"Component {k} has {one.rows:.3g} row{'s' * (one.rows != 1)}: too few to say much about it.")
         if len(components) > 1 and one.certainty < 0.75:
             found.append(
                 f"Component {k} overlaps with others: its rows belong to it with {one.certainty:.0%} on average."

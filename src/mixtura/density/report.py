@@ -16,20 +16,22 @@ from sklearn.utils.validation import check_is_fitted
 from mixtura.core.files import write_file
 from mixtura.density._checks import check_table
 from mixtura.density._pictures import column_names, curves, outlines
-from mixtura.density._svg import Plot, color
+from mixtura.density._svg import Plot, color, color_style
 from mixtura.density._words import Component, cautions, choice_words, components_of, family_words
 
 Floats = NDArray[np.floating]
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_PLANES = 1500, 8, 3
+NAMED_FAMILIES = 5
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884}body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;
 padding:0 1rem}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}.grid{stroke:var(--line)}.axis{fill:none;
-stroke:currentColor}svg{width:100%;max-width:30rem}svg text{font:11px system-ui,sans-serif;fill:currentColor}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1rem}.scroll{overflow-x:auto}
+stroke:currentColor}svg{width:100%;max-width:32rem}svg text{font:12px system-ui,sans-serif;fill:currentColor}
+svg .mark{font-weight:700;paint-order:stroke;stroke:Canvas;stroke-width:3px}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem}.scroll{overflow-x:auto}
 table{border-collapse:collapse}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
 td:first-child,th:first-child{text-align:left}i.dot{display:inline-block;width:.8em;height:.8em;border-radius:50%}
-ul.cautions li{margin:.3rem 0}
+ul.cautions li{margin:.3rem 0}figure{margin:0}figcaption{font-size:.85rem;text-align:center;max-width:32rem}
 """
 
 
@@ -89,7 +91,7 @@ def _page(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{escape(title)}</title><style>{color_style()}{_STYLE}</style></head>"
         f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
     )
 
@@ -100,7 +102,8 @@ def _section(title: str, body: str) -> str:
 
 def _intro(mixture: Any, search: Any) -> str:
     K = len(mixture.weights_)
-    words = f"{K} component{'s' * (K > 1)}: {family_words(mixture.covariance, K)}."
+    kind = family_words(mixture.covariance, K)
+    words = f"{K} {kind}." if "components" in kind else f"{K} component{'s' * (K > 1)}: {kind}."
     chosen = f"<p>{escape(choice_words(search))}</p>" if search is not None else ""
     return f"<p><strong>{escape(words)}</strong></p>{chosen}"
 
@@ -109,17 +112,35 @@ def _components(components: Sequence[Component]) -> str:
     parts = []
     for k, one in enumerate(components):
         dot = f'<i class="dot" style="background:{color(k)}"></i>'
-        rows = f"{one.rows:,.6g} rows" + (f", sure to {one.certainty:.0%}" if one.rows > 0 else "")
+        rows = _counted(one.rows) + (f", sure to {_certain(one.certainty)}" if one.rows > 0 else "")
         parts.append(f"<p>{dot} <strong>Component {k + 1}</strong>, {one.weight:.1%} ({rows}). {escape(one.words)}</p>")
     head = "".join(f"<th>{k + 1}</th>" for k in range(len(components)))
     lines = [
         f"<tr><td>{escape(name)}</td>"
-        + "".join(f"<td>{one.means[name]:.4g} ± {one.deviations[name]:.3g}</td>" for one in components)
+        + "".join(f"<td>{plus_minus(one.means[name], one.deviations[name])}</td>" for one in components)
         + "</tr>"
         for name in components[0].means
     ]
     table = f"<table><thead><tr><th>mean ± deviation</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return "".join(parts) + f'<div class="scroll">{table}</div>'
+
+
+def _counted(rows: float) -> str:
+    return f"{rows:,.6g} row{'s' * (rows != 1)}"
+
+
+def _certain(share: float) -> str:
+    """A probability in percent, that is not rounded to certainty."""
+    return "over 99%" if 0.99 < share < 1 else f"{share:.0%}"
+
+
+def plus_minus(mean: float, deviation: float) -> str:
+    """A mean to the last digit that its deviation, in two digits, speaks of."""
+    decimals = 1 - int(np.floor(np.log10(deviation)))
+    if not -5 < decimals < 7:
+        return f"{mean:.3g} ± {deviation:.2g}"
+    shown = max(decimals, 0)
+    return f"{round(mean, decimals):,.{shown}f} ± {round(deviation, decimals):,.{shown}f}"
 
 
 def _noise(mixture: Any) -> str:
@@ -129,11 +150,14 @@ def _noise(mixture: Any) -> str:
 
 
 def _candidates(search: Any, most: int = 12) -> str:
-    best = {one[:2]: one for one in reversed(search.candidates_) if np.isfinite(one.score)}
+    best: dict[tuple[int, str], Any] = {}
+    for one in search.candidates_:  # the best first
+        if np.isfinite(one.score):
+            best.setdefault(one[:2], one)
     lines = [
         f"<tr><td>{one.covariance}</td><td>{one.n_components}</td><td>{one.score:,.2f}</td>"
         f"<td>{one.log_likelihood:,.2f}</td><td>{one.n_parameters}</td></tr>"
-        for one in reversed(best.values())
+        for one in best.values()
     ]
     failed = sum(bool(one.error) for one in search.candidates_)
     columns = ("family", "components", search.criterion.upper(), "log likelihood", "parameters")
@@ -207,18 +231,25 @@ def _column(mixture: Any, data_ND: Floats, d: int, names: Sequence[str]) -> str:
 
 
 def _criteria(search: Any) -> str:
-    found = curves(search.candidates_)
-    scores = [score for curve in found for score in curve.scores]
+    found = sorted(curves(search.candidates_), key=lambda curve: min(curve.scores))
+    scores = [score for curve in found[:NAMED_FAMILIES] for score in curve.scores]
+    top = float(np.quantile(scores, 0.9))  # a bad one would press the others flat
     sizes = [K for curve in found for K in curve.n_components]
     name = search.criterion.upper()
-    plot = Plot((min(sizes), max(sizes)), (min(scores), max(scores)), f"{name} by components", "components", name)
-    for i, curve in enumerate(found):
-        best = curve.covariance == search.best_.covariance
-        line_P2 = np.array([curve.n_components, curve.scores], float).T
-        plot.line(line_P2, color(i), width=2.6 if best else 1, label=curve.covariance)
-        plot.points(line_P2, [color(i)] * len(line_P2), radius=2.5)
-    plot.text((search.best_.n_components, search.best_.score), search.best_.covariance)
-    return plot.svg()
+    title = f"{name} by components"
+    plot = Plot((min(sizes), max(sizes)), (min(scores), top), title, "components", name, whole_x=True)
+    for i, curve in reversed(list(enumerate(found))):
+        named = i < NAMED_FAMILIES
+        stroke, line_P2 = color(i) if named else "currentColor", np.array([curve.n_components, curve.scores], float).T
+        line_P2 = line_P2[line_P2[:, 1] <= top]
+        if not len(line_P2):
+            continue
+        plot.line(line_P2, stroke, width=2.6 if i == 0 else 1.4, opacity=1 if named else 0.3, label=curve.covariance)
+        if named:
+            plot.points(line_P2, [stroke] * len(line_P2), radius=2.5)
+    key = (f'<i class="dot" style="background:{color(i)}"></i> {one.covariance}' for i, one in enumerate(found))
+    more = f", others gray ({len(found) - NAMED_FAMILIES})" if len(found) > NAMED_FAMILIES else ""
+    return f"<figure>{plot.svg()}<figcaption>{', '.join(list(key)[:NAMED_FAMILIES])}{more}</figcaption></figure>"
 
 
 def plain(value: Any) -> Any:
