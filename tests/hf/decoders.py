@@ -4,6 +4,7 @@ import torch
 from transformers import DynamicCache
 
 from mixtura.hf import convert
+from mixtura.hf.accelerate import acceleration
 from mixtura.nn import Experts, Mixture
 from mixtura.nn.mixture import FeedForward
 from mixtura.nn.routers.aux_loss_free_bias import AuxLossFreeRouter
@@ -81,6 +82,11 @@ FAMILIES = {
     "granite": GRANITE,
     "seed_oss": {},
     "arcee": {},
+    "nemotron": {},
+    "glm4": {},
+    "ernie4_5": {},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"sliding_window": 5, "layer_types": MIXED},
 }
 NATIVE_FAMILIES = {
     "flex_olmo": {},
@@ -134,6 +140,11 @@ def decoded(model, ids, mask, cache=None):
             model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], position_ids=place, past_key_values=cache).logits
         )
     return torch.cat(found, 1)
+
+
+def report(model):
+    """What became of decode steps."""
+    return {name: value for name, value in acceleration(model).items() if name != "operations"}
 
 
 def left(rows, length, pads):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mixtura
-from hf.decoders import MODELS, WIDE, decoded, generated, left, own
+from hf.decoders import MODELS, WIDE, decoded, generated, left, own, report
 from mixtura.core.errors import NotExpressibleError, OptionError, UnknownNameError
 from mixtura.hf.accelerate import acceleration
 from mixtura.hf.quantizer import MixturaQuantizationConfig, quantize_model
@@ -23,7 +23,7 @@ def test_a_plan_over_codes_computes_what_the_modules_do(make, bits):
     mixtura.accelerate(model)
     seen = decoded(model, ids, mask)
     assert (seen - expected).norm() < 2e-3 * expected.norm()
-    assert acceleration(model) == {"planned": 10, "refusal": "", "through_modules": {}}
+    assert report(model) == {"planned": 10, "refusal": "", "through_modules": {}}
 
 
 @pytest.mark.parametrize(("bits", "off"), [(8, 0.02), (4, 0.3)])

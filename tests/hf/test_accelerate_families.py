@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import mixtura
-from hf.decoders import FAMILIES, LONGROPE, NATIVE_FAMILIES, WIDE, decoded, generated, gpt_oss, left, spread
+from hf.decoders import FAMILIES, LONGROPE, NATIVE_FAMILIES, WIDE, decoded, generated, gpt_oss, left, report, spread
 from mixtura.hf.accelerate import acceleration
 from mixtura.hf.quantizer import quantize_model
 from pico import pico, tokens
@@ -27,7 +27,7 @@ def test_a_plan_computes_what_the_modules_do(make):
     mixtura.accelerate(model)
     assert (decoded(model, ids, mask) - expected).norm() < 2e-5 * expected.norm()
     assert torch.equal(generated(model), text)
-    assert acceleration(model) == {"planned": 15, "refusal": "", "through_modules": {}}
+    assert report(model) == {"planned": 15, "refusal": "", "through_modules": {}}
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -70,7 +70,7 @@ def test_a_rotation_that_changes_with_the_length():
     for m, known in zip((mask, padded), expected, strict=True):
         assert (decoded(model, ids, m) - known).norm() < 2e-5 * known.norm()
     reason = "sequences are on both sides of position 8, where the rotation changes"
-    assert acceleration(model) == {"planned": 19, "refusal": "", "through_modules": {reason: 1}}
+    assert report(model) == {"planned": 19, "refusal": "", "through_modules": {reason: 1}}
 
 
 def test_a_fused_projection_that_is_exchanged_is_noticed():

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import mixtura
-from hf.decoders import WIDE, WINDOWED, decoded, generated, left
+from hf.decoders import WIDE, WINDOWED, decoded, generated, left, report
 from mixtura.hf.accelerate import acceleration
 from mixtura.hf.growing_cache import GrowingLayer, GrowingWindowLayer, grow
 from pico import pico, tokens
@@ -19,7 +19,7 @@ def test_a_plan_sees_what_the_windows_show(make):
     mixtura.accelerate(model)
     assert (decoded(model, ids, mask) - expected).abs().max() < 1e-4
     assert torch.equal(generated(model), text)
-    assert acceleration(model) == {"planned": 15, "refusal": "", "through_modules": {}}
+    assert report(model) == {"planned": 15, "refusal": "", "through_modules": {}}
 
 
 def test_the_window_matters_and_a_cache_of_everything_does_as_well():

@@ -26,6 +26,7 @@ from mixtura.hf.forward import is_listened_to
 from mixtura.hf.growing_cache import Growing, grow
 from mixtura.hf.quantizer import quantize_model
 from mixtura.hf.unchanged import Unchanged
+from mixtura.nn.backends.native.few_tokens import FEW, FewTokens
 from mixtura.nn.backends.native.library import library, why_no_library
 from mixtura.nn.backends.native.tape import MAX_ROWS
 
@@ -104,7 +105,8 @@ def acceleration(model: Any) -> dict[str, Any]:
 
     Returns:
         ``planned``: steps that ran as a plan; ``refusal``: why none can, or ""; ``through_modules``: the other steps by
-        the reason why they did not.
+        the reason why they did not; ``operations``: linear layers and attentions, of few tokens each, that the library
+        computed for the modules.
 
     Raises:
         OptionError: if the model was not accelerated.
@@ -116,6 +118,7 @@ def acceleration(model: Any) -> dict[str, Any]:
         "planned": decoding.planned,
         "refusal": decoding.refusal,
         "through_modules": dict(decoding.through_modules),
+        "operations": decoding.operations,
     }
 
 
@@ -140,7 +143,7 @@ class _Decoding:
 
     def __init__(self, refusal: str = "", output: type = dict) -> None:
         self.refusal, self._output = refusal, output
-        self.planned = 0
+        self.planned = self.operations = 0
         self.through_modules: collections.Counter[str] = collections.Counter()
         self._plan: DecodePlan | None = None
         self._unchanged: Unchanged | None = None
@@ -157,14 +160,22 @@ class _Decoding:
             return modules(**given)
         given = self._with_growing_cache(model, given)
         tokens = given.get("input_ids")
-        if tokens is None or tokens.shape[1] != 1 or given.get("past_key_values") is None:
+        if tokens is None or given.get("past_key_values") is None or tokens.shape[1] > FEW:
             return modules(**given)
+        if tokens.shape[1] > 1:
+            return self._by_operation(modules, given)
         step = self.refusal or self._step(model, given)
         if isinstance(step, str):
             self.through_modules[step] += 1
-            return modules(**given)
+            return self._by_operation(modules, given)
         self.planned += 1
         return self._output(logits=step[:, None], past_key_values=given["past_key_values"])
+
+    def _by_operation(self, modules: Any, given: dict[str, Any]) -> Any:
+        with FewTokens() as few:
+            out = modules(**given)
+        self.operations += few.count
+        return out
 
     @torch.no_grad()
     def prove(self, model: Any) -> str:

@@ -5,11 +5,14 @@ D width, P width of a head, R angles of a rotation.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mixtura.core.errors import NotExpressibleError
@@ -38,6 +41,7 @@ class Positions:
     def __init__(self, rotary: Any, count: int) -> None:
         self._rotary, self.count = rotary, count
         self._angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._given: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}
         self._borders: set[int] = set()
 
     def angles(self, layer_type: str | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,11 +50,28 @@ class Positions:
         Raises:
             NotExpressibleError: if they depend on more than the position.
         """
-        by_type = isinstance(getattr(self._rotary, "rope_type", None), dict)
-        key = layer_type if by_type else None
+        key = self._key(layer_type)
         if key not in self._angles:
             self._angles[key] = self._compute(key)
         return self._angles[key]
+
+    def neighbors(self, attention: nn.Module, layer_type: str | None) -> bool:
+        """Whether the function by which a module rotates takes neighbors, not halves; found by comparing values.
+
+        Raises:
+            NotExpressibleError: if it does something else.
+        """
+        cosine, sine = (angles[1] for angles in self.angles(layer_type))
+        rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        if rotate is None or list(inspect.signature(rotate).parameters)[:4] != ["q", "k", "cos", "sin"]:
+            return False
+        x = torch.arange(1.0, 2 * len(cosine) + 1)
+        seen = rotate(x.view(1, 1, 1, -1), x.view(1, 1, 1, -1), *self._given[self._key(layer_type)])[0].flatten()
+        for neighbors, (a, b) in ((False, x.chunk(2)), (True, (x[::2], x[1::2]))):
+            pair = (a * cosine - b * sine, b * cosine + a * sine)
+            if torch.allclose(torch.stack(pair, -1).flatten() if neighbors else torch.cat(pair), seen, atol=1e-4):
+                return neighbors
+        raise NotExpressibleError(f"{type(attention).__name__} rotates in a way that a plan does not know")
 
     def refusal(self, positions_B: torch.Tensor) -> str:
         """Why these positions cannot be in one step; "" if they can."""
@@ -60,6 +81,9 @@ class Positions:
             if bool((positions_B < border).any()) and bool((positions_B >= border).any()):
                 return f"sequences are on both sides of position {border}, where the rotation changes"
         return ""
+
+    def _key(self, layer_type: str | None) -> str | None:
+        return layer_type if isinstance(getattr(self._rotary, "rope_type", None), dict) else None
 
     def _compute(self, layer_type: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         kind, pieces = getattr(self._rotary, "rope_type", None), [torch.arange(self.count)[None]]
@@ -81,9 +105,12 @@ class Positions:
         if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in made):
             raise NotExpressibleError(f"{type(self._rotary).__name__} gives no cosines and sines")
         cosine, sine = (torch.cat(parts, 1)[0] for parts in zip(*made, strict=True))
+        self._given[layer_type] = (cosine[None, 1:2], sine[None, 1:2])
         half = cosine.shape[-1] // 2
-        twice = torch.equal(cosine[:, :half], cosine[:, half:])  # most families give each angle to both halves
-        return (cosine[:, :half].contiguous(), sine[:, :half].contiguous()) if twice else (cosine, sine)
+        for one, other in ((slice(half), slice(half, None)), (slice(0, None, 2), slice(1, None, 2))):
+            if torch.equal(cosine[:, one], cosine[:, other]):  # each angle is given to both units that it rotates
+                return cosine[:, one].contiguous(), sine[:, one].contiguous()
+        return cosine, sine
 
 
 def windows(model: Any) -> list[int]:
@@ -104,23 +131,32 @@ def windows(model: Any) -> list[int]:
     return found
 
 
-def norm_of(module: nn.Module | None) -> Norm | None:
-    """A normalization; whether its weight is stored minus 1 is measured.
+@torch.no_grad()
+def norm_of(module: Any) -> Norm | None:
+    """A normalization; which one it is, and whether its weight is stored minus 1, is found by comparing values.
 
     Raises:
         NotExpressibleError: if it is no RMS or layer normalization.
     """
     if module is None:
         return None
-    if isinstance(module, nn.LayerNorm):
-        return Norm("layer", module.weight, module.bias, module.eps)
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or eps is None or len(list(module.parameters())) != 1:
-        raise NotExpressibleError(f"{type(module).__name__} is no normalization that a plan knows")
-    x = torch.linspace(-2, 3, len(module.weight), dtype=module.weight.dtype)
-    plain = torch.nn.functional.rms_norm(x.float(), x.shape, eps=eps)
-    offset = min((0.0, 1.0), key=lambda o: float((plain * (module.weight.float() + o) - module(x).float()).abs().max()))
-    return Norm("rms", module.weight, None, eps, offset)
+    others = {name for name, _ in module.named_parameters()} - {"weight", "bias"}
+    if weight is not None and eps is not None and not others:
+        x = torch.linspace(-2, 3, len(weight), dtype=weight.dtype)
+        seen, wide = module(x).float(), x.float()
+        plain = {"rms": F.rms_norm(wide, x.shape, eps=eps), "layer": F.layer_norm(wide, x.shape, eps=eps)}
+        shift = 0.0 if bias is None else bias.float()
+        off = {
+            (kind, offset): float((made * (weight.float() + offset) + shift - seen).abs().max())
+            for kind, made in plain.items()
+            for offset in (0.0, 1.0)
+        }
+        kind, offset = min(off, key=lambda candidate: off[candidate])
+        if off[kind, offset] <= 0.02 * (1 + float(seen.abs().max())):
+            return Norm(kind, weight, bias, eps, offset)
+    raise NotExpressibleError(f"{type(module).__name__} is no normalization that a plan knows")
 
 
 def linear(module: nn.Module) -> Linear | FewBits:

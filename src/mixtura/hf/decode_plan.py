@@ -37,9 +37,11 @@ _NORMS = (  # before attention, behind it, before the feed-forward, behind it
     ("input_layernorm", None, "post_attention_layernorm", None),
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
 )
 _PARALLEL = {"input_layernorm"}  # attention and feed-forward read the same
 _SHARED = ("shared_expert", "shared_experts")
+_ROTATED_WINDOWS = {"cohere2", "cohere2_moe", "flint"}  # whose layers rotate only if they have a window
 _CAPPED = {"gemma2", "vaultgemma"}  # of those with attn_logit_softcapping the ones whose attention applies it
 _Entry = tuple[torch.Tensor, Norm | None]  # what enters products: x_BD with a norm, or of the weights' type without
 
@@ -74,7 +76,9 @@ class DecodePlan:
         for number, layer in enumerate(inner.layers):
             self._layer(number, layer, x_BD)
         (self._logits_BV,) = self.tape.linears(x_BD, norm_of(inner.norm), [linear(model.lm_head)])
-        self._divisor = float(getattr(self._config, "logits_scaling", None) or 1.0)
+        self._factor = (getattr(self._config, "logit_scale", None) or 1) / (
+            getattr(self._config, "logits_scaling", None) or 1
+        )
         self._cap = float(getattr(self._config, "final_logit_softcapping", None) or math.inf)
         _check_whole(model, self.tape.used)
 
@@ -110,9 +114,9 @@ class DecodePlan:
         return self._positions.refusal(positions_B)
 
     def _logits(self) -> torch.Tensor:
-        if self._divisor == 1 and self._cap == math.inf:
+        if self._factor == 1 and self._cap == math.inf:
             return self._logits_BV
-        logits_BV = self._logits_BV / self._divisor
+        logits_BV = self._logits_BV * self._factor
         return logits_BV if self._cap == math.inf else torch.tanh(logits_BV / self._cap) * self._cap
 
     def _layer(self, number: int, layer: nn.Module, x_BD: torch.Tensor) -> None:
@@ -157,13 +161,16 @@ class DecodePlan:
         query, key, value = self.tape.linears(*entry, _projections(attention))
         norms = tuple(norm_of(getattr(attention, part, None)) for part in ("q_norm", "k_norm"))
         whole = norms[0] is not None and norms[0].weight is not None and len(norms[0].weight) != width
-        rotates = getattr(attention, "use_rope", True)
+        rotates, kind = getattr(attention, "use_rope", True), self._kind(number)
+        if self._family() in _ROTATED_WINDOWS:
+            rotates = window or getattr(attention, "force_rope", False)
         mixed_BN = self.tape.attention(
             query,
             key,
             value,
             width=width,
-            angles=self._positions.angles(self._kind(number)) if rotates else None,
+            angles=self._positions.angles(kind) if rotates else None,
+            neighbors=bool(rotates) and self._positions.neighbors(attention, kind),
             scale=attention.scaling,
             norms=norms,
             whole=whole,

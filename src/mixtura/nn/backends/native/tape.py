@@ -47,15 +47,16 @@ _Linears = _struct(
     ("count", _I64),
     ("linear", LinearStruct * 4),
     ("out", _POINTER * 4),
+    *_same(_I32, "narrow unused"),
 )
-_Attention = _struct(
+AttentionStruct = _struct(
     "Attention",
     *_same(_POINTER, "query key value out"),
     *_same(NormStruct, "query_norm key_norm"),
     *_same(_POINTER, "cosine sine sinks keys values parts"),
     *_same(_I64, "capacity skipped heads groups width rotated window"),
     *_same(_F32, "scale softcap"),
-    *_same(_I32, "whole unused"),
+    *_same(_I32, "whole neighbors"),
 )
 _LinearAdd = _struct("LinearAdd", ("y", _POINTER), ("linear", LinearStruct), ("x", _POINTER))
 _FeedForward = _struct(
@@ -94,10 +95,8 @@ _Tape = _struct(
     *_same(_POINTER, "ids positions starts scratch"),
     *_same(_I64, "scratch_bytes"),
 )
-_OPERATIONS = {
-    kind: number
-    for number, kind in enumerate([_Embed, _Normalize, _Linears, _Attention, _LinearAdd, _FeedForward, _Mixture, _Fold])
-}
+_KINDS = (_Embed, _Normalize, _Linears, AttentionStruct, _LinearAdd, _FeedForward, _Mixture, _Fold)
+_OPERATIONS = {kind: number for number, kind in enumerate(_KINDS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +235,7 @@ class Tape:
         window: int = 0,
         softcap: float = 0.0,
         sinks_H: torch.Tensor | None = None,
+        neighbors: bool = False,
     ) -> torch.Tensor:
         """Rotate, write to the cache, attend; (B, H P) in the type of the weights.
 
@@ -251,6 +251,7 @@ class Tape:
             window: positions that are seen, 0 for all.
             softcap: bound of the scores by tanh, 0 for none.
             sinks_H: scores of no position, of the type of the weights.
+            neighbors: whether units are rotated against their neighbors, not halves against halves.
         """
         if width % 16:
             raise NotExpressibleError(f"heads must have a multiple of 16 units, got {width}")
@@ -258,13 +259,14 @@ class Tape:
             raise NotExpressibleError(f"heads of {width} units cannot be rotated by {angles[0].shape[1]} angles")
         out = self._buffer(query.shape[1])
         pointers = [t.data_ptr() for t in (query, key, value, out)]
-        struct = _Attention(*pointers, *map(self._norm, norms))
+        struct = AttentionStruct(*pointers, *map(self._norm, norms))
         if angles is not None:
             struct.cosine, struct.sine, struct.rotated = *map(self._float, angles), angles[0].shape[1]
         if sinks_H is not None:
             struct.sinks = self._weight(sinks_H)
         struct.heads, struct.groups, struct.width = query.shape[1] // width, key.shape[1] // width, width
         struct.window, struct.scale, struct.softcap, struct.whole = window, scale, softcap, whole
+        struct.neighbors = neighbors
         self._attentions.append(struct)
         self._add(struct)
         return out

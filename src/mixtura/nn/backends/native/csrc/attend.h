@@ -20,6 +20,14 @@ inline void rotate(float *x, const float *cosine, const float *sine, i64 R) {
   }
 }
 
+// The same of x[0] against x[1], x[2] against x[3], and so on.
+inline void rotate_neighbors(float *x, const float *cosine, const float *sine, i64 R) {
+  for (i64 i = 0; i < R; i++) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    x[2 * i] = a * cosine[i] - b * sine[i], x[2 * i + 1] = b * cosine[i] + a * sine[i];
+  }
+}
+
 // sum[m][p .. p + NV W) += sum over s < S of weight[m][s] value[s][p .. p + NV W)
 template <class T, int M, int NV>
 void weigh_columns(const T *value, i64 P, i64 p, const float *const *weight, i64 S, float *const *sum) {
@@ -72,8 +80,9 @@ template <class T> struct Attention {
     } else {
       normalize<T>(norm, row + head * P, P, x);
     }
+    if (!op.rotated) return;
     const i64 place = me.tape.positions[b] * op.rotated;
-    rotate(x, op.cosine + place, op.sine + place, op.rotated);
+    (op.neighbors ? rotate_neighbors : rotate)(x, op.cosine + place, op.sine + place, op.rotated);
   }
 
   // Largest score, sum of exponents and weighted values of one chunk, for each of the G heads.
@@ -84,7 +93,7 @@ template <class T> struct Attention {
     T *query = (T *)me.scratch;  // (G, P)
     float *score = (float *)(me.scratch + (G * P * sizeof(T) + 63) / 64 * 64);  // (G, S)
     float *room = score + G * SCORED;                                           // of prepare
-    if (chunk == chunks - 1) write(b, v, keys, values, room);
+    if (op.key && chunk == chunks - 1) write(b, v, keys, values, room);
     for (i64 g = 0; g < G; g++) {
       prepare(op.query_norm, op.query + b * H * P, H, v * G + g, b, room);
       for (i64 p = 0; p < P; p += W) store(query + g * P + p, load(room + p));

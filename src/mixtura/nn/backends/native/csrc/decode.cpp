@@ -1,4 +1,12 @@
 // What decoding does once for all instruction sets: choosing experts, sizes of workspaces, and the run of a tape.
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#include <sched.h>
+#endif
+
 #include <cmath>
 #include <cstring>
 
@@ -53,6 +61,20 @@ void choose(const mixtura_mixture &op, const float *logits, int64_t *indices, fl
   for (int64_t k = 0; k < K; k++) weights[k] = (op.renormalize && sum ? weights[k] / sum : weights[k]) * op.scale;
 }
 
+int64_t scratch_of(const mixtura_attention &a) {
+  return up_to_line(4 * (a.heads / a.groups * (a.width + MIXTURA_SCORED) + a.width * (1 + a.heads)) + 128);
+}
+
+void run_one(int64_t kind, void *operands, char *scratch, int64_t scratch_bytes, const int64_t *starts, int64_t rows,
+             int64_t length, int32_t dtype, int threads) {
+  const mixtura_instruction instruction = {kind, operands};
+  mixtura_tape tape = {};
+  tape.instructions = &instruction, tape.count = 1, tape.dtype = dtype, tape.threads = threads;
+  tape.rows = rows, tape.length = length, tape.starts = starts;
+  tape.scratch = scratch, tape.scratch_bytes = scratch_bytes;
+  mixtura_run_tape(&tape);
+}
+
 int64_t of_experts(const mixtura_mixture &op, int64_t rows, int threads) {
   return up_to_line(op.quantized ? mixtura_quantized_workspace(op.quantized, rows, op.slots, threads)
                                  : mixtura_workspace(&op.experts, rows, op.slots, threads, 0));
@@ -93,8 +115,7 @@ int64_t mixtura_tape_scratch(const mixtura_tape *tape, int64_t rows) {
         break;
       }
       case MIXTURA_ATTENTION: {
-        const mixtura_attention &a = *(const mixtura_attention *)operands;
-        attention = 4 * (a.heads / a.groups * (a.width + MIXTURA_SCORED) + a.width * (1 + a.heads)) + 128;
+        attention = scratch_of(*(const mixtura_attention *)operands);
       }
     }
     // of the type of the tape, in float32, and as blocks of 32, of 72 bytes
@@ -107,6 +128,43 @@ int64_t mixtura_attention_parts(const mixtura_attention *a, int64_t rows, int64_
   int64_t chunks = (capacity + MIXTURA_CHUNK - 1) / MIXTURA_CHUNK;
   if (a->window) chunks = least(chunks, (a->window + MIXTURA_CHUNK - 2) / MIXTURA_CHUNK + 1);
   return rows * a->heads * chunks * (a->width + 2);
+}
+
+void mixtura_linear_rows(const mixtura_linear *linear, const void *x, void *out, int64_t rows, int32_t dtype, int threads) {
+  char nothing[64];  // a product of what is there as it is needs no scratch
+  mixtura_linears op = {};
+  op.x = x, op.count = 1, op.linear[0] = *linear, op.out[0] = out, op.narrow = 1;
+  run_one(MIXTURA_LINEARS, &op, nothing, 0, nullptr, rows, 1, dtype, threads);
+}
+
+int64_t mixtura_attend_workspace(const mixtura_attention *attention, int64_t rows, int64_t length, int threads) {
+  return up_to_line(4 * mixtura_attention_parts(attention, rows, length)) + threads * scratch_of(*attention);
+}
+
+void mixtura_attend(const mixtura_attention *attention, const int64_t *starts, char *workspace, int64_t rows, int64_t length,
+                    int32_t dtype, int threads) {
+  mixtura_attention op = *attention;
+  op.parts = (float *)workspace;
+  char *scratch = workspace + up_to_line(4 * mixtura_attention_parts(attention, rows, length));
+  run_one(MIXTURA_ATTENTION, &op, scratch, scratch_of(op), starts, rows, length, dtype, threads);
+}
+
+void mixtura_sleep(mixtura_team *team, int32_t seen) {
+#if defined(__linux__)
+  __atomic_add_fetch(&team->sleepers, 1, __ATOMIC_SEQ_CST);
+  syscall(SYS_futex, &team->generation, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);  // returns if it is another
+  __atomic_sub_fetch(&team->sleepers, 1, __ATOMIC_SEQ_CST);
+#else
+  if (__atomic_load_n(&team->generation, __ATOMIC_ACQUIRE) == seen) sched_yield();
+#endif
+}
+
+void mixtura_wake(mixtura_team *team) {
+#if defined(__linux__)
+  syscall(SYS_futex, &team->generation, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#else
+  (void)team;
+#endif
 }
 
 int mixtura_run_tape(const mixtura_tape *tape) {

@@ -5,8 +5,6 @@
 //
 // Letters as in mixtura_decode.h; S positions that are scored at once, C positions of a chunk of attention.
 #pragma once
-#include <sched.h>
-
 #include "quantized.h"
 #include "team.h"
 
@@ -30,11 +28,20 @@ struct Member {
     const int seen = __atomic_load_n(&team.generation, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&team.arrived, 1, __ATOMIC_ACQ_REL) == team.members) {
       team.arrived = 0, team.part = 0;
-      __atomic_store_n(&team.generation, seen + 1, __ATOMIC_RELEASE);
+      __atomic_store_n(&team.generation, seen + 1, __ATOMIC_SEQ_CST);
+      if (__atomic_load_n(&team.sleepers, __ATOMIC_SEQ_CST)) mixtura_wake(&team);
       return;
     }
-    for (i64 turns = 0; __atomic_load_n(&team.generation, __ATOMIC_ACQUIRE) == seen; turns++)
-      if (turns > 20000) sched_yield();
+    for (int turns = 0; __atomic_load_n(&team.generation, __ATOMIC_ACQUIRE) == seen; turns++)
+      turns < MIXTURA_TURNS ? pause() : mixtura_sleep(&team, seen);
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
   }
 
   // f(i) for each i below n, by whoever is free, and then the barrier.
@@ -208,7 +215,9 @@ template <class T> void linears(const Member &me, const mixtura_linears &op) {
     const mixtura_linear &linear = op.linear[i];
     const i64 from = (part - parts[i]) * ROWS, to = least(linear.out, from + ROWS);
     products<T>(linear, from, to, inputs, [&](i64 b, i64 n, const float *c, i64 count) {
-      std::memcpy(op.out[i] + b * linear.out + n, c, sizeof(float) * count);
+      if (!op.narrow) std::memcpy((float *)op.out[i] + b * linear.out + n, c, sizeof(float) * count);
+      T *narrow = (T *)op.out[i] + b * linear.out + n;
+      for (i64 j = 0; op.narrow && j < count; j += W) store_some(narrow + j, load(c + j), count - j);
     });
   });
 }

@@ -58,20 +58,23 @@ typedef struct {
   void *out;  // (B, D), of the type of the tape
 } mixtura_normalize;
 
-// Up to 4 products of one input, which is float32 with a norm, and of the type of the tape without.
+// Up to 4 products of one input, which is float32 with a norm, and of the type of the tape without. They are float32, or
+// if narrow of the type of the tape.
 typedef struct {
   const void *x;
   mixtura_norm norm;
   int64_t count;
   mixtura_linear linear[4];
-  float *out[4];  // (B, out)
+  void *out[4];  // (B, out)
+  int32_t narrow, unused;
 } mixtura_linears;
 
-// Rotates (the first 2 R of P units, halves against halves), writes to the cache, attends. Norms are over a head or, if
-// whole, over all heads together. A cache may begin later than the sequence: positions that no window reaches are gone.
+// Rotates (the first 2 R of P units, halves against halves or neighbors against each other), writes to the cache, attends.
+// Norms are over a head or, if whole, over all heads together. A cache may begin later than the sequence: positions that
+// no window reaches are gone.
 typedef struct {
-  float *query, *key;  // (B, H P), (B, V P)
-  const float *value;  // (B, V P)
+  const float *query, *key;  // (B, H P), (B, V P); a null key if the cache is written already
+  const float *value;        // (B, V P)
   void *out;           // (B, H P), of the type of the tape
   mixtura_norm query_norm, key_norm;
   const float *cosine, *sine;  // (positions, R)
@@ -80,7 +83,7 @@ typedef struct {
   float *parts;                // workspace, (B, V, chunks, H / V, P + 2)
   int64_t capacity, skipped, heads, groups, width, rotated, window;  // window: positions seen at most, 0 for all
   float scale, softcap;                                     // softcap: 0 for none
-  int32_t whole, unused;
+  int32_t whole, neighbors;
 } mixtura_attention;
 
 typedef struct {
@@ -150,6 +153,13 @@ int64_t mixtura_attention_parts(const mixtura_attention *attention, int64_t rows
 
 // Returns 0; 1 if there are more rows than MIXTURA_MAX_ROWS.
 int mixtura_run_tape(const mixtura_tape *tape);
+
+// One operation alone, of up to MIXTURA_MAX_ROWS rows: out (B, out) of the type of x; and attention of a query of the type of
+// the cache, which is written already, with workspace for mixtura_attend_workspace bytes.
+void mixtura_linear_rows(const mixtura_linear *linear, const void *x, void *out, int64_t rows, int32_t dtype, int threads);
+int64_t mixtura_attend_workspace(const mixtura_attention *attention, int64_t rows, int64_t length, int threads);
+void mixtura_attend(const mixtura_attention *attention, const int64_t *starts, char *workspace, int64_t rows, int64_t length,
+                    int32_t dtype, int threads);
 
 // Bytes a second that all threads together read; the limit of decoding at this moment.
 double mixtura_read_bandwidth(const void *bytes, int64_t count, int threads);
