@@ -1,5 +1,6 @@
 // Chooses the instruction set when the library is loaded, and makes calls ready.
 #include <omp.h>
+#include <pthread.h>
 
 #include <cstring>
 
@@ -58,6 +59,19 @@ const Isa *best() {
 }
 
 const Isa *current = best();
+
+// A process that was forked has this thread alone, but OpenMP would wait for those that it had before, for ever. If there
+// are such, the thread computes by itself from then on. Threads that are started in the new process have their own.
+thread_local bool computed = false;
+void after_fork() {
+  if (computed) omp_set_max_active_levels(0);
+}
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+
+const Isa *compute() {
+  computed = true;
+  return current;
+}
 
 constexpr int64_t WIDEST = 32;  // columns of a packed panel, at most
 
@@ -179,7 +193,7 @@ int mixtura_use_isa(const char *name) {
   return 1;
 }
 
-mixtura_run_all mixtura_tape_of_isa(void) { return current->tape; }
+mixtura_run_all mixtura_tape_of_isa(void) { return compute()->tape; }
 
 int mixtura_prepare(mixtura_plan *plan, const int64_t *indices, char *workspace) {
   if (!plan->quantized) return prepare(*plan, indices, workspace);
@@ -193,7 +207,7 @@ int mixtura_prepare(mixtura_plan *plan, const int64_t *indices, char *workspace)
 double mixtura_read_bandwidth(const void *bytes, int64_t count, int threads) {
   static volatile float kept;
   const double begin = omp_get_wtime();
-  kept = current->read(bytes, count, threads);
+  kept = compute()->read(bytes, count, threads);
   return count / (omp_get_wtime() - begin);
 }
 
@@ -212,7 +226,7 @@ int mixtura_experts_forward(const mixtura_experts *experts, const void *hidden, 
     const int64_t filled = plan.first[experts->num_experts];
     std::memset((char *)kept + filled * row, 0, (T * K - filled) * row);
   }
-  current->forward(&plan);
+  compute()->forward(&plan);
   return 0;
 }
 
@@ -227,7 +241,7 @@ int mixtura_quantized_forward(const mixtura_quantized *experts, const void *hidd
   mixtura_plan plan = call(&experts->experts, hidden, weights, T, K, threads);
   plan.out = out, plan.quantized = experts;
   if (int code = mixtura_prepare(&plan, indices, (char *)workspace)) return code;
-  current->quantized(&plan);
+  compute()->quantized(&plan);
   return 0;
 }
 
@@ -238,7 +252,7 @@ int mixtura_experts_backward(const mixtura_experts *experts, const void *hidden,
   plan.gradients = gradients, plan.kept = (void *)kept;
   if (int code = prepare(plan, indices, (char *)workspace)) return code;
   for (int64_t s = 0; s < T * K; s++) gradients->weights[s] = 0;
-  current->backward(&plan);
+  compute()->backward(&plan);
   return 0;
 }
 }
