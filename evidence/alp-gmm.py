@@ -5,7 +5,9 @@ own toy: a box of tasks in cells, of which a cell is learned by visits, and can 
 Half of the cells can never be learned. The second setting adds two axes that do not matter, as the paper does.
 
 RIAC is written again here from the description in the paper: regions are split where progress differs most; 70 % of the
-tasks are uniform in a region drawn by its progress, 20 % in the whole box, 10 % next to the task of least reward.
+tasks are uniform in a region drawn by its progress, 20 % in the whole box, 10 % next to the task of least reward. It
+takes too long with four axes, where its splits find little, and runs with two alone; in two trial runs with four it
+mastered 13 and 14 cells where ALP-GMM mastered 42 and 41.
 """
 
 from __future__ import annotations
@@ -113,15 +115,16 @@ def train(seed: int, teacher: str, axes: int, episodes: int) -> dict[str, float]
 )
 def run(lab: Lab) -> Verdict:
     episodes = lab.pick(20_000, smoke=1_000)
+    pairs = [("uniform", 2), ("riac", 2), ("uniform", 4)]
     for axes in (2, 4):
-        for teacher in ("alp-gmm", "uniform", "riac"):
-            lab.arm(f"{teacher}, {axes} axes", train, teacher=teacher, axes=axes, episodes=episodes)
+        lab.arm(f"alp-gmm, {axes} axes", train, teacher="alp-gmm", axes=axes, episodes=episodes)
+    for rival, axes in pairs:
+        lab.arm(f"{rival}, {axes} axes", train, teacher=rival, axes=axes, episodes=episodes)
     gaps = {
         (rival, axes): lab.difference("mastered cells", f"alp-gmm, {axes} axes", f"{rival}, {axes} axes")
-        for axes in (2, 4)
-        for rival in ("uniform", "riac")
+        for rival, axes in pairs
     }
     won = [gap.low > 0 for gap in gaps.values()]
     said = "; ".join(f"over {rival} with {axes} axes {gap}" for (rival, axes), gap in gaps.items())
     verdict = "holds" if all(won) else "partly" if any(won) else "does not hold here"
-    return Verdict(verdict, f"ALP-GMM masters more cells: {said}.")
+    return Verdict(verdict, f"Cells that ALP-GMM masters {said}.")
