@@ -6,8 +6,8 @@ what is asked.
 """
 
 from mixtura.evidence import Lab, Verdict, evidence
-from mixtura.evidence.rigs.language_arms import FIGURE, GRID, RANDOM, SETTING, TOTAL, mixture, run
-from mixtura.evidence.rigs.language_upcycling import AT_ONCE, DIVERSITY, EARLY, LATE, go_on
+from mixtura.evidence.rigs.language_arms import FIGURE, RANDOM, SETTING, TOTAL, mixture, run
+from mixtura.evidence.rigs.language_upcycling import AT_ONCE, DIVERSITY, EARLY, LATE, RATE, go_on
 
 DENSE, NAIVE, DROPPED = "dense, 800 steps more", "copies", "copies, half drawn anew"
 
@@ -18,7 +18,7 @@ DENSE, NAIVE, DROPPED = "dense, 800 steps more", "copies", "copies, half drawn a
     "twice as diverse.",
     source="Nakamura et al., arXiv:2502.19261",
     figure="bits per byte, lower is better",
-    setting=SETTING + "; upcycled arms: 400 dense steps and 800 more",
+    setting=SETTING + "; upcycled arms: 400 dense steps and 800 more, all at rate 0.003",
 )
 def measure(lab: Lab) -> Verdict:
     """Plain copies against copies drawn anew in part; dense beside."""
@@ -30,7 +30,7 @@ def measure(lab: Lab) -> Verdict:
         (NAIVE, {**mixed, "surgery": "sparse-upcycling"}),
         (DROPPED, {**mixed, "surgery": "drop-upcycling"}),
     ):
-        lab.tuned_arm(name, go_on, grid=GRID, figure=FIGURE, **config, **budget)
+        lab.arm(name, go_on, lr=RATE, **config, **budget)
     run(lab, TOTAL, {"dense": 8 * 64})
     run(lab, RANDOM, mixture("random", k=2))
     end = lab.difference(FIGURE, DROPPED, NAIVE)
