@@ -40,7 +40,7 @@ def lines(
     heights = [y for panel in panels.values() for points in panel.values() for y, _ in points if y == y]
     low, high = math.floor(math.log2(min(heights))), math.ceil(math.log2(max(heights)))
     width, height, left, top, gap = 230, 230, 48, 56, 24
-    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    names = sorted({name for panel in panels.values() for name in panel}, key=list(COLORS).index)
     total = left + len(panels) * (width + gap)
     parts = [_text(left, 20, title, bold=True), *_legend(names, left, 38)]
     y_of = lambda y: top + 18 + (height - 18) * (high - math.log2(y)) / (high - low)

@@ -48,7 +48,13 @@ FEW_BITS_WORDS = (
     "With 8 and 4 bits, beside llama.cpp's Q8_0 and Q4_0: groups of 32, the output matrix too. The cosine is that of "
     "the logits of the first step with those of all bits; weights are random, so real models come off better."
 )
-WHY: dict[str, str] = {}
+WHY = {
+    "layer": " vLLM's sgl packs the weights into tiles of the processor's matrix instructions beforehand, and zentorch "
+    "keeps packed ones in a cache; ours reads the rows as they lie, so that the model can be trained, saved and "
+    "merged, and turns them at every call.",
+    "train": " In float32 torch's products of this size are as fast as the library's; the difference is within the "
+    "spread of the rounds.",
+}
 INTRO = """
 Everything here is from `mixtura bench`, whose files lie in `benchmarks/results`; `benchmarks/peers` tells who the
 others are and how they are timed. Each cell is a median over seven rounds or more in which all take turns; only ratios
@@ -95,7 +101,9 @@ def _circumstances(told: Mapping[str, Any]) -> str:
     quiet = {True: "the machine was quiet", False: "the machine was not quiet in all rounds"}.get(told["quiet"])
     names = [f"{name} {version}" for name, version in versions.items() if name not in ("python", "numpy")]
     where = f"{machine.get('processor', '')} (family {machine.get('family')}), {machine['threads']} threads"
-    return f"{told['date']}, {where}, {', '.join(names)}; {quiet or 'whether the machine was quiet is not known'}."
+    clock = "by the processor's clock, " if told["clock"] == "processor" else ""
+    quiet = quiet or "whether the machine was quiet is not known"
+    return f"{told['date']}, {clock}{where}, {', '.join(names)}; {quiet}."
 
 
 def _speeds(told: Mapping[str, Any], case: str) -> dict[str, float]:
