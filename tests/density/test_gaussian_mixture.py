@@ -8,9 +8,16 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticD
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
-from density.tables import responsibilities, rows, same
+from density.tables import degenerate_tables, responsibilities, rows, same
 from mixtura.core.errors import MixturaError, MixturaWarning, OptionError, ShapeError, UnknownNameError
-from mixtura.density import FAMILIES, NIW, GaussianMixture, MustLink, SingularComponentError
+from mixtura.density import (
+    FAMILIES,
+    NIW,
+    BayesianGaussianMixture,
+    GaussianMixture,
+    MustLink,
+    SingularComponentError,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -67,6 +74,19 @@ def test_threads_do_not_change_results(family):
         one, three = (GaussianMixture(3, n_jobs=n_jobs, **options).fit(table) for n_jobs in (1, 3))
         for name in ("weights_", "means_", "covariances_", "lower_bounds_"):
             assert np.array_equal(getattr(one, name), getattr(three, name))
+
+
+@pytest.mark.parametrize("estimator", [GaussianMixture, BayesianGaussianMixture])
+def test_threads_are_used(estimator, monkeypatch):
+    asked = []
+
+    def in_threads(work, given, n_jobs):
+        asked.append(n_jobs)
+        return (work(*one) for one in given)
+
+    monkeypatch.setattr("mixtura.density._em.in_threads", in_threads)
+    estimator(3, n_jobs=3, max_iter=2, random_state=0).fit(rows()[0])
+    assert asked == [3, 3]
 
 
 def test_errors_in_threads_are_those_without():
@@ -268,18 +288,6 @@ def test_order_of_columns_and_components_does_not_matter(family):
     one = GaussianMixture(3, init=responsibilities(), **options).fit(X)
     other = GaussianMixture(3, init=responsibilities()[:, [2, 0, 1]], **options).fit(X[:, [1, 2, 0]])
     np.testing.assert_allclose(other.means_, one.means_[[2, 0, 1]][:, [1, 2, 0]], rtol=1e-5)
-
-
-@st.composite
-def degenerate_tables(draw):
-    n, d, distinct = draw(st.integers(1, 12)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    seed, scale = draw(st.integers(0, 10**6)), draw(st.sampled_from([1e-200, 1e-12, 1.0, 1e12, 1e100]))
-    offset, constant = draw(st.sampled_from([0.0, 1.0, -1e8, 1e15])), draw(st.booleans())
-    generator = np.random.default_rng(seed)
-    X = generator.normal(size=(distinct, d))[generator.integers(0, distinct, n)] * scale + offset
-    X[:, 0] = offset if constant else X[:, 0]
-    missing = generator.uniform(size=X.shape) < draw(st.sampled_from([0.0, 0.0, 0.3]))
-    return np.where(missing, np.nan, X)
 
 
 @pytest.mark.filterwarnings("ignore::mixtura.core.errors.MixturaWarning")

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import mean_squared_error
 
+from density.tables import degenerate_tables
 from mixtura.core.errors import FileFormatError, MixturaError, OptionError, ShapeError
 from mixtura.density import NIW, GaussianMixture, GaussianMixtureRegressor
 
@@ -185,6 +188,21 @@ def test_what_cannot_be_asked_is_refused():
     with pytest.raises(OptionError, match="cannot scale output 0: its predictions are the same for all rows"):
         constant.predict(X)
     assert issubclass(OptionError, MixturaError)
+
+
+@pytest.mark.filterwarnings("ignore::mixtura.core.errors.MixturaWarning")
+@given(degenerate_tables(), st.integers(1, 4), st.sampled_from(["VVV", "EEE", "VVI"]), st.sampled_from([0.0, 1e-6]))
+def test_degenerate_data_fit_or_are_refused_by_name(table, k, family, reg_covar):
+    inputs, outputs = np.c_[table, np.arange(len(table))], np.nan_to_num(table[:, :1])
+    ours = GaussianMixtureRegressor(k, covariance=family, reg_covar=reg_covar, random_state=0, max_iter=10)
+    try:
+        ours.fit(inputs, outputs)
+    except MixturaError as error:
+        assert len(str(error)) > 20  # noqa: PT017
+        return
+    mean, std = ours.predict(inputs, return_std=True)
+    assert np.isfinite(mean).all()
+    assert (std >= 0).all()
 
 
 def test_torch_tensors_come_in():

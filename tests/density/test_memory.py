@@ -1,5 +1,8 @@
 """What fitting needs beside the data: chunks, and one number a row for the start."""
 
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -57,3 +60,36 @@ def test_a_file_is_read_in_batches_and_never_whole(tmp_path):
     assert stream.weight_seen_ == len(X)
     whole = GaussianMixture(3, random_state=0, tol=1e-7).fit(mapped)
     assert whole.score(X) - stream.score(X) < 0.01
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+from mixtura.density import GaussianMixture
+
+path = sys.argv[1]
+rows = np.load(path, mmap_mode="r")
+stream = GaussianMixture(2, random_state=0).partial_fit(rows[:20_000])
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + (32 << 20),) * 2)
+try:
+    np.load(path)
+    print("the whole file fits")
+except MemoryError:
+    for start in range(20_000, len(rows), 20_000):
+        stream.partial_fit(rows[start : start + 20_000])
+    print(stream.weight_seen_)
+"""
+
+
+def test_a_file_larger_than_the_memory_that_is_allowed(tmp_path):
+    """The system gives 32 MiB more than the imports take; the file has 64."""
+    shape = (1 << 21, 8)
+    table = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float32, shape)
+    table[:] = X[np.arange(shape[0]) % len(X)]
+    table.flush()
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "rows.npy")]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(float(shape[0])), done.stderr[-500:]

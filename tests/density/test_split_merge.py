@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.special import gammaln
 from scipy.stats import invwishart, multivariate_t, norm
 from sklearn.datasets import load_digits, make_blobs
@@ -9,7 +11,8 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 from sklearn.preprocessing import normalize
 
-from mixtura.core.errors import MixturaWarning, OptionError, ShapeError
+from density.tables import degenerate_tables
+from mixtura.core.errors import MixturaError, MixturaWarning, OptionError, ShapeError
 from mixtura.density import NIW, SplitMergeMixture
 from mixtura.density._em import moments_of
 from mixtura.density._partition import (
@@ -192,6 +195,21 @@ def test_degenerate_rows_are_fitted():
     half = SplitMergeMixture(random_state=0).fit(far, sample_weight=weights)
     assert half.n_components_ == 5
     assert half.labels_.shape == (400,)
+
+
+@settings(max_examples=25)
+@given(degenerate_tables(), st.integers(1, 5), st.booleans())
+def test_any_finite_table_gives_finite_parameters(table, start, labelled):
+    X = np.nan_to_num(table)
+    y = np.where(np.arange(len(X)) % 3 == 0, 0, -1) if labelled else None
+    try:
+        ours = SplitMergeMixture(start, max_iter=3, random_state=0).fit(X, y)
+    except MixturaError as error:
+        assert len(str(error)) > 20  # noqa: PT017
+        return
+    for value in (ours.mixture_.means_, ours.mixture_.covariances_, ours.predict_proba(X), ours.log_joint_):
+        assert np.isfinite(value).all()
+    assert len(ours.classes_) == ours.n_components_ <= max(len(X), start)
 
 
 def test_what_cannot_be_fitted_is_refused():

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mixtura.core.errors import OptionError
 from mixtura.density import _init
 from mixtura.density._checks import check_number
-from mixtura.density._em import Fit, data_moments, expectation, fill_means, moments_of
+from mixtura.density._em import Fit, data_moments, expectation, fill_means, moments_of, threads
 from mixtura.density._exchange import Exchange
 from mixtura.density._files import SavedMixture
 from mixtura.density._fitting import Fitting
@@ -152,7 +152,15 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         links = self._links and partial(self._links.adjust, log_weights_K=safe_log(parameters.weights_K))
         scores = scores_of(parameters)
         pooled = model.family.name == "EEE" and not model.constraints and len(parameters.weights_K) > 1
-        return expectation(rows, scores, algorithm=self.algorithm, log_noise=log_noise, links=links, pooled=pooled)
+        return expectation(
+            rows,
+            scores,
+            algorithm=self.algorithm,
+            log_noise=log_noise,
+            links=links,
+            pooled=pooled,
+            n_jobs=threads(self.n_jobs),
+        )
 
     def _maximize(self, statistics: Statistics, model: Model, previous: Parameters) -> Parameters:
         return maximize(statistics, model, previous)
