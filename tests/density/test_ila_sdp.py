@@ -108,6 +108,17 @@ def test_bounds_lie_below_all_partitions_and_meet_the_optimum(seed):
         assert lower_bound(costs, np.ones(2), plus, psd) <= best
 
 
+@pytest.mark.parametrize(("N", "K", "seed", "optimum"), [(12, 2, 0, 1.5593016617), (15, 3, 1, 1.8336850145)])
+def test_optima_are_those_of_an_interior_point_solver(N, K, seed, optimum):
+    """Recorded from cvxpy 1.9.3 with Clarabel 0.11.1; the matrices differed by 3e-6 at most."""
+    generator = np.random.default_rng(seed)
+    X, roots = generator.normal(size=(N, 2)), generator.normal(size=(K, 2, 2))
+    costs = likelihood_costs(X, roots @ roots.swapaxes(1, 2) + 0.1 * np.eye(2))
+    found = solve(costs, np.ones(K), max_iter=20_000, tol=1e-8)
+    assert found.value == pytest.approx(optimum, abs=1e-5)
+    assert optimum - 1e-4 < found.bound < optimum + 1e-7
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_kmeans_program_is_tight_for_clusters_apart(seed):
     generator = np.random.default_rng(seed)
