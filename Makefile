@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 NATIVE := src/mixtura/nn/backends/native
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs sanitize clean
 
 demo: .venv/.ready
 	$(BIN)/mixtura demo
@@ -22,6 +22,18 @@ lint: .venv/.ready-lint
 
 docs: .venv/.ready-docs
 	$(BIN)/mkdocs build --strict
+
+# The native library, compiled so that it sees wrong reads, writes and arithmetic, under random calls. It needs GCC.
+TIME ?= 120
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
+SANITIZE += -fno-sanitize=null,object-size -fno-sanitize-recover=all
+
+sanitize: .venv/.ready-test
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; library="$$folder/libmixtura_native.so"; \
+	where() { $${CXX:-c++} -print-file-name=$$1; }; \
+	$(BIN)/python $(NATIVE)/build.py "$$library" $(SANITIZE); \
+	$(OFFLINE) PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(where libasan.so) $$(where libstdc++.so)" $(BIN)/python tests/sanitize/fuzz.py "$$library" $(TIME)
 
 clean:
 	rm -rf .venv site runs

@@ -17,6 +17,7 @@ from mixtura.hf.doctor_text import WIDTH, report_text
 from mixtura.hf.roles import freeze
 from mixtura.hf.stored import compare_with_files
 from mixtura.nn import Experts, Mixture
+from mixtura.nn.backends.native import instructions
 from mixtura.nn.routers.topk_softmax import TopKRouter
 from mixtura.surgery.upcycle import upcycle
 from pico import DENSE, SPARSE, pico
@@ -184,6 +185,26 @@ def test_routers_and_backend_are_said():
     assert [(facts.layer, facts.k) for facts in report.routers] == [("0", 2), ("1", 2), ("2", 2)]
     assert "router_aux_loss_coef is 0.001" in found(report, "note")
     assert doctor(pico("llama")).backend == ""
+
+
+def test_what_computes_experts_here_and_which_are_left_to_torch():
+    model = ours()
+    experts = [m for m in model.modules() if isinstance(m, Experts)]
+    experts[1].act_fn = torch.tanh
+    report = doctor(model)
+    seen, (name, available) = report.computing, instructions()
+    assert (seen.no_library, seen.instructions, list(seen.available)) == ("", name, available)
+    assert seen.threads == torch.get_num_threads()
+    assert [rule.takes for rule in seen.rules] == ["native", "sorted"]
+    (reason,) = seen.left_to_torch
+    assert reason == "the activation is not one of its own"
+    (left,) = seen.left_to_torch[reason]
+    assert model.get_submodule(left) is experts[1]
+    text = report_text(report)
+    assert f"native library: {name} on {seen.threads} threads; this processor has" in text
+    assert "torch computes: model.layers.2." in text
+    assert json.loads(json.dumps(report.to_dict()))["computing"]["left_to_torch"] == {reason: [left]}
+    assert doctor(pico("llama")).computing is None
 
 
 def test_a_router_without_a_path_for_a_balance_loss_is_named():

@@ -20,6 +20,7 @@ from torch import nn
 
 from mixtura.core.errors import FileFormatError, MixturaError, MixturaWarning, NotExpressibleError, UnknownNameError
 from mixtura.core.selection import SelectionSpec
+from mixtura.hf.doctor_experts import Computing, computing
 from mixtura.hf.doctor_findings import Finding, findings, ranges
 from mixtura.hf.doctor_probe import Probe, probe
 from mixtura.hf.export import check_export
@@ -89,6 +90,7 @@ class Report:
         tied: names that share one parameter.
         routers: layer by layer.
         backend: the experts implementation that would run; "" if there are no experts that can change theirs.
+        computing: what the backend "mixtura" does on this machine; None where there are no values or no such experts.
         export: for each stock family what it lacks, "" for nothing; empty if there is nothing to export.
         stored: comparison with the files; None if there were none.
         probe: the backward call; None if it could not be made.
@@ -100,6 +102,7 @@ class Report:
     tied: tuple[tuple[str, ...], ...]
     routers: tuple[RouterFacts, ...]
     backend: str
+    computing: Computing | None
     export: dict[str, str]
     stored: Stored | None
     probe: Probe | None
@@ -190,6 +193,7 @@ def _report(model: Any, stored: Stored | None, *, fresh: bool) -> Report:
     roles = parameter_roles(model)
     there = all(not role.tensor.is_meta for role in roles)
     seen, failure = _try_probe(model, roles) if there else (None, "")
+    backend = _backend(model)
     export = check_export(model) if isinstance(model, MixturaModel) else {}
     found = findings(model, seen=seen, stored=stored, fresh=fresh, export=export)
     return Report(
@@ -197,7 +201,8 @@ def _report(model: Any, stored: Stored | None, *, fresh: bool) -> Report:
         rows=tuple(_rows([*roles, *coded_buffers(model)], seen)),
         tied=tuple(_tied(model)),
         routers=tuple(_routers(model, seen)),
-        backend=_backend(model),
+        backend=backend,
+        computing=computing(model) if there and backend else None,
         export=export,
         stored=stored,
         probe=seen,

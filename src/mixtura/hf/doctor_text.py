@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from mixtura.hf.doctor import Report, RouterFacts, Row
+from mixtura.hf.doctor_experts import computing_lines
 from mixtura.hf.doctor_findings import ranges
 
 WIDTH = 100
@@ -73,6 +74,9 @@ def _facts(report: Report) -> Iterator[str]:
         yield from _wrapped(f"mixtures in layer {numbers}: ", text)
     if report.backend:
         yield f"experts run on: {report.backend}"
+    if report.computing is not None:
+        for head, text in computing_lines(report.computing):
+            yield from _wrapped(head, text)
     for names in report.tied:
         yield from _wrapped("tied: ", " = ".join(names))
     if report.stored is not None:

@@ -2,7 +2,7 @@
 
 The compiler is $CXX, else c++. A file of its own, which the installation runs before there is a package.
 
-    python -m mixtura.nn.backends.native.build /tmp/libmixtura_native.so -g -fsanitize=address
+    python src/mixtura/nn/backends/native/build.py /tmp/libmixtura_native.so -g -fsanitize=address
 """
 
 from __future__ import annotations
