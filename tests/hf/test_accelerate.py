@@ -183,6 +183,20 @@ def test_a_changed_model_is_not_run_by_an_old_plan():
     assert steps(model) == {"its tensors were exchanged": 5}
 
 
+def test_what_changes_with_the_position_is_noticed():
+    model = pico("llama", **WIDE)
+    attention = model.model.layers[1].self_attn
+    plain = attention.forward
+
+    def scaled(*args, position_ids, **kwargs):
+        out, weights = plain(*args, position_ids=position_ids, **kwargs)
+        return out * (1 + (position_ids.max() > 1000)), weights
+
+    attention.forward = scaled
+    with pytest.warns(MixturaWarning, match="a plan recorded from its modules computes something else"):
+        mixtura.accelerate(model)
+
+
 def test_weights_that_change_in_place_count():
     model = mixtura.accelerate(own())
     generated(model)

@@ -1,8 +1,9 @@
 """``accelerate``: experts on the library's kernels, a cache that grows in place, and decode steps run as a plan.
 
 A decode step, one token a sequence, goes past the modules if a ``DecodePlan`` can be recorded from them and was
-measured to compute what they do. Prompts, drafts of several tokens, training, and whatever the plan does not know go
-through the modules as ever; ``acceleration`` counts how often, and why.
+measured to compute what they do. Whatever the plan does not know, and drafts of a few tokens, goes through the modules,
+whose linear layers and attention the library computes one by one (``FewTokens``). Prompts and training go through the
+modules as ever. ``acceleration`` counts how often, and why.
 
 B rows (sequences), L positions in the cache, V vocabulary.
 """
@@ -42,7 +43,7 @@ _KNOWN = {
 }
 _MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _PROBED = 8  # tokens
-_FAR = 32768  # position of the last of them, unless the model ends before
+_FAR = 8192  # positions before the last of them, unless the model ends earlier: what changes with the length shows
 
 
 def accelerate(model: Any, *, bits: int | None = None, **options: Any) -> Any:
@@ -62,7 +63,8 @@ def accelerate(model: Any, *, bits: int | None = None, **options: Any) -> Any:
         The model itself.
 
     Warns:
-        MixturaWarning: if decode steps cannot be run as a plan, with the reason; experts are fast all the same.
+        MixturaWarning: if decode steps cannot be run as a plan, with the reason; experts, linear layers and attention
+            are computed by the library all the same.
 
     Raises:
         NotExpressibleError: if the library was not built, the model is not on the CPU, or it is quantized already and
