@@ -44,9 +44,10 @@ def measure(lab: Lab) -> Verdict:
     hot = lab.difference(FIGURE, "z-loss, 4 x rate", "plain, 4 x rate")
     plain, held = (lab.mean("largest logit", f"{name}, 4 x rate") for name in ("plain", "z-loss"))
     before, after = (lab.mean("jumps", f"{name}, 4 x rate") for name in ("plain", "z-loss"))
-    found = (plain >= 2 * held) + (after == 0) + (quality.low <= 0 <= quality.high)
+    tamed, calmer, free = plain >= 2 * held, after < before, quality.low <= 0 <= quality.high
+    verdict = "partly" if tamed or calmer else "does not hold here"
     return Verdict(
-        {3: "holds", 0: "does not hold here"}.get(found, "partly"),
+        "holds" if tamed and after == 0 and free else verdict,
         f"At four times the rate the largest logit is {held:.1f} instead of {plain:.1f} and the loss jumps {after:.1f} "
         f"instead of {before:.1f} times a run ({hot} bits per byte); at the usual rate the difference is {quality}.",
     )
