@@ -23,6 +23,7 @@ from mixtura.core import registry
 from mixtura.core.errors import OptionError, unknown_name
 from mixtura.core.registry import Method
 from mixtura.core.selection import SelectionSpec
+from mixtura.evidence.figure import quality_by_operations
 from mixtura.evidence.scripts import known_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,6 +207,7 @@ def _domains() -> str:
 TABLES = {
     "systems": lambda: systems_page(known_results()),
     "evidence": lambda: evidence_page(known_results()),
+    "evidence-figure": lambda: quality_by_operations(known_results().values()),
     "methods": _methods,
     "recipe": _recipe,
     "columns": _columns,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mixtura.evidence.results import Result
 
 FIGURE = "bits per byte"
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 64, 250, 16, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, ROW = 860, 420, 64, 340, 16, 48, 17
 
 
 class Point(NamedTuple):
@@ -51,22 +51,19 @@ def _point(key: str, arm: Mapping[str, Any]) -> Point:
 
 
 def quality_by_operations(results: Iterable[Result]) -> str:
-    """The figure; empty without points. Numbers in it stand for the names beside it, the best first."""
+    """The figure; empty without points. A line leads from every point to its name, the best at the bottom."""
     told = points(results)
     if not told:
         return ""
-    x, y = _scale([p.flops for p in told], LEFT, WIDTH - RIGHT), _scale([p.mean for p in told], HEIGHT - BOTTOM, TOP)
-    parts = [_axes(told, x, y)]
-    for number, point in enumerate(told, 1):
-        parts.append(_mark(number, point, x(point.flops), y))
-        parts.append(
-            f'<text x="{WIDTH - RIGHT + 14}" y="{TOP + 4 + 17 * number}">{number}  {escape(point.name)}</text>'
-        )
+    base = max(HEIGHT, TOP + ROW * len(told)) - BOTTOM
+    x, y = _scale([p.flops for p in told], LEFT, WIDTH - RIGHT), _scale([p.mean for p in told], base, TOP)
+    parts = [_axes(told, x, y, base)]
+    for number, point in enumerate(told):
+        parts.append(_mark(point, x(point.flops), y, base, base - 6 - ROW * number))
     title = "Held-out bits per byte against operations a token of all routers at equal budget"
-    height = max(HEIGHT, TOP + 17 * len(told) + 20)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg" class="evidence-figure" '
-        f'font-size="12" fill="currentColor" stroke="none"><title>{title}</title>{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {base + BOTTOM}" role="img" xmlns="http://www.w3.org/2000/svg" font-size="12" '
+        f'fill="currentColor" stroke="none"><title>{title}</title>{"".join(parts)}</svg>'
     )
 
 
@@ -77,17 +74,20 @@ def _scale(values: list[float], start: float, end: float) -> Any:
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _mark(number: int, point: Point, x: float, y: Any) -> str:
+def _mark(point: Point, x: float, y: Any, base: int, row: float) -> str:
     shape = 'fill="none" stroke="currentColor"' if point.is_baseline else 'fill="#3f6fb5"'
-    low, high = (max(TOP, min(HEIGHT - BOTTOM, y(bound))) for bound in (point.low, point.high))
-    bar = f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="currentColor" opacity="0.25"/>'
-    return f'{bar}<circle cx="{x:.1f}" cy="{y(point.mean):.1f}" r="4" {shape}/>' + (
-        f'<text x="{x + 6:.1f}" y="{y(point.mean) + 4:.1f}">{number}</text>'
+    low, high = (max(TOP, min(base, y(bound))) for bound in (point.low, point.high))
+    middle, names = y(point.mean), WIDTH - RIGHT + 14
+    return (
+        f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="currentColor" opacity="0.3"/>'
+        f'<path d="M{x + 5:.1f} {middle:.1f}L{names - 4} {row - 4:.1f}" stroke="currentColor" opacity="0.15"/>'
+        f'<circle cx="{x:.1f}" cy="{middle:.1f}" r="4" {shape}/>'
+        f'<text x="{names}" y="{row:.1f}">{escape(point.name)}</text>'
     )
 
 
-def _axes(told: list[Point], x: Any, y: Any) -> str:
-    base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+def _axes(told: list[Point], x: Any, y: Any, base: int) -> str:
+    right = WIDTH - RIGHT
     lines = f'<path d="M{LEFT} {TOP}V{base}H{right}" fill="none" stroke="currentColor" opacity="0.5"/>'
     ticks = []
     for share in (0.0, 0.5, 1.0):
