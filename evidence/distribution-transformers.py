@@ -20,7 +20,7 @@ from mixtura.density import kalman_predict, kalman_update
 from mixtura.density.distribution_transformer import DistributionTransformer, MixtureBatch, fit_transformer
 from mixtura.evidence import Lab, Verdict, evidence
 
-K, NOISE, PROBLEMS = 3, 0.5, 200
+K, NOISE, PROBLEMS = 3, 0.5, 100
 KEPT, MOVED = 0.9, 0.3  # of the state from one step of the filter to the next: factor, variance of noise
 GRID = np.linspace(-15, 15, 1501)[:, None]
 
@@ -128,15 +128,15 @@ def by_variation(seed: int, problems: int) -> dict[str, float]:
     "family, can be fed back as a filter, and is far faster than variational inference",
     source="arXiv:2502.02463",
     figure="KL from the exact posterior, nats, lower is better",
-    setting="one unknown, priors of three Gaussians, Gaussian noise, 200 fresh priors; a network of two blocks of "
-    "width 32, 1500 steps; variational inference on 8 of the priors",
+    setting="one unknown, priors of three Gaussians, Gaussian noise, 100 fresh priors; a network of two blocks of "
+    "width 32, 700 steps; variational inference on 3 of the priors",
     seeds=3,
 )
 def run(lab: Lab) -> Verdict:
-    steps, problems = lab.pick(1500, smoke=20), lab.pick(PROBLEMS, smoke=5)
+    steps, problems = lab.pick(700, smoke=20), lab.pick(PROBLEMS, smoke=5)
     lab.arm("any prior", by_network, steps=steps, fixed=False, problems=problems)
     lab.arm("one fixed prior", by_network, steps=steps, fixed=True, problems=problems)
-    lab.arm("variational inference", by_variation, problems=lab.pick(8, smoke=1))
+    lab.arm("variational inference", by_variation, problems=lab.pick(3, smoke=1))
     gap = lab.difference("KL from exact", "any prior", "one fixed prior")
     lost, fixed, fitted = (lab.mean("KL from exact", arm) for arm in lab.arms)
     over = lab.mean("loss of the filter over exact", "any prior")
