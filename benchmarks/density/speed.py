@@ -36,6 +36,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from threadpoolctl import threadpool_info
 
 import mixtura
+from mixtura.bench.density import Start
 from mixtura.density import GaussianMixture
 
 try:
@@ -59,44 +60,8 @@ GRIDS = {
 }
 
 
-def table(n: int, d: int, k: int, dtype: str) -> np.ndarray:
-    """Rows of k clusters that overlap."""
-    generator = np.random.default_rng(0)
-    centers = 3 * generator.normal(size=(k, d))
-    X = np.empty((n, d), dtype)
-    for start in range(0, n, 100_000):
-        stop = min(start + 100_000, n)
-        X[start:stop] = generator.normal(size=(stop - start, d)) + centers[generator.integers(0, k, stop - start)]
-    return X
-
-
-class Case:
-    """One table, and parameters that every program starts from."""
-
-    def __init__(self, n: int, d: int, k: int, kind: str, dtype: str) -> None:
-        self.k, self.kind, self.X = k, kind, table(n, d, k, dtype)
-        few = self.X[: max(20 * k, 2_000)]
-        self.start = GaussianMixture(k, covariance=kind, random_state=0, max_iter=1, tol=0, reg_covar=1e-3).fit(few)
-        self.theirs = self.start.to_sklearn()
-
-    def ours(self, iterations: int, tol: float = 0) -> Any:
-        """Ours, going on from the start."""
-        start = self.start
-        mixture = GaussianMixture.from_parameters(
-            start.weights_, start.means_, start.covariances_, covariance=self.kind
-        )
-        return mixture.set_params(warm_start=True, max_iter=iterations, tol=tol, reg_covar=1e-6).fit(self.X)
-
-    def sklearn(self, iterations: int, tol: float = 0) -> Any:
-        """scikit-learn's, from the same parameters, without its own k-means."""
-        given = {
-            "weights_init": self.theirs.weights_ / self.theirs.weights_.sum(),
-            "means_init": self.theirs.means_.astype(self.X.dtype),
-            "precisions_init": self.theirs.precisions_.astype(self.X.dtype),
-        }
-        mixture = SklearnMixture(self.k, covariance_type=self.kind, max_iter=iterations, tol=tol, **given)
-        mixture._initialize_parameters = lambda X, random_state, **_: mixture._initialize(X, None)
-        return mixture.fit(self.X)
+class Case(Start):
+    """A table and parameters that every program starts from, pomegranate's too."""
 
     def pomegranate(self, iterations: int) -> Any:
         """pomegranate's, whose tolerance is on the total log likelihood."""
@@ -181,7 +146,7 @@ def whole(repeats: int) -> Iterator[dict[str, Any]]:
 
 def large(dtype: str) -> dict[str, Any]:
     """Ten iterations on ten million rows from its own start; peak memory of the process, with the data."""
-    X = table(10_000_000, 8, 16, dtype)
+    X = Start(10_000_000, 8, 16, "full", dtype).X
     begun = time.perf_counter()
     fitted = GaussianMixture(16, random_state=0, max_iter=10, tol=0).fit(X)
     took = time.perf_counter() - begun

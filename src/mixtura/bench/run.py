@@ -13,7 +13,7 @@ from mixtura.bench.peers import found_peers
 from mixtura.bench.report import Case, Report
 from mixtura.core.errors import OptionError, unknown_name
 
-KINDS = ("limits", "layer", "decode", "prefill", "train", "memory")
+KINDS = ("limits", "layer", "decode", "prefill", "train", "memory", "density")
 
 
 def run_bench(

@@ -11,7 +11,7 @@ import typer
 
 
 def bench(
-    kind: Annotated[str, typer.Argument(help="limits, layer, decode, prefill, train or memory.")],
+    kind: Annotated[str, typer.Argument(help="limits, layer, decode, prefill, train, memory or density.")],
     cases: Annotated[str, typer.Option(help="Pattern of the names of cases, such as 'B/bf16/*'.")] = "*",
     peers: Annotated[
         str | None, typer.Option(help="Peers beside transformers, by comma, or none. Default: all that are set up.")
