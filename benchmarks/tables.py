@@ -59,7 +59,8 @@ INTRO = """
 Everything here is from `mixtura bench`, whose files lie in `benchmarks/results`; `benchmarks/peers` tells who the
 others are and how they are timed. Each cell is a median over seven rounds or more in which all take turns; only ratios
 within a row mean something, since this machine gives more or less from minute to minute. A ratio above 1 is better than
-the best peer. A star marks cases in which other programs used the machine all the while: they say little.
+the best peer. A star marks cases in which other programs used the machine all the while: they say little. Cases
+that `mixtura bench` has and no table shows have not been measured on a quiet machine yet.
 
 """
 
