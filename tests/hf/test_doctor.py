@@ -195,7 +195,7 @@ def test_what_computes_experts_here_and_which_are_left_to_torch():
     seen, (name, available) = report.computing, instructions()
     assert (seen.no_library, seen.instructions, list(seen.available)) == ("", name, available)
     assert seen.threads == torch.get_num_threads()
-    assert [rule.takes for rule in seen.rules] == ["native", "sorted"]
+    assert [rule.takes for rule in seen.rules] == ["sorted", "native", "sorted"]
     (reason,) = seen.left_to_torch
     assert reason == "the activation is not one of its own"
     (left,) = seen.left_to_torch[reason]

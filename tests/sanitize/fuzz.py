@@ -127,6 +127,8 @@ def main():
     path, seconds, seed = Path(sys.argv[1]).resolve(), float(sys.argv[2]), int((sys.argv[3:] or [0])[0])
     library.PATH = path
     end, done = time.monotonic() + seconds, collections.Counter()
+    if library.why_no_library():
+        sys.exit(library.why_no_library())
     names = instructions()[1]
     plans = itertools.cycle(itertools.product(layouts(), names, IN_TURN))
     for number in itertools.count():

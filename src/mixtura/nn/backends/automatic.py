@@ -12,8 +12,5 @@ from mixtura.nn.backends.sorted import sorted_backend
 def automatic_backend(
     experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Compute experts by ``native_backend`` if it can, otherwise by ``sorted_backend``.
-
-    Otherwise is: another device or type, experts that are no plain tensors, or no library.
-    """
+    """Compute experts by ``native_backend`` or by ``sorted_backend``, after ``mixtura.nn.backends.rules``."""
     return native_or(sorted_backend, experts, hidden_TD, indices_TK, weights_TK)

@@ -22,10 +22,15 @@ class Rule:
 
 RULES = (
     Rule(
+        "weights that autocast brings to another type",
+        "sorted",
+        "the library needs all experts in that type, which took 1.7 (64 tokens) to 10 times (one) as long",
+    ),
+    Rule(
         "float32 or bfloat16 on the CPU, weights contiguous, an activation of the library, any number of tokens",
         "native",
-        "forward 1.2 to 5.9 times as fast as torch's products one by one on every point of benchmarks/calibrate.py; with "
-        "gradients 0.8 to 2.1 times",
+        "forward 1.15 to 5.8 times as fast as sorted, with gradients 0.85 (one token) to 2.1 times, on one thread of "
+        "an EPYC with avx512_bf16: benchmarks/calibration.json",
     ),
     Rule("all else", "sorted", "the library cannot; ``why_not`` of mixtura.nn.backends.native has the reason"),
 )

@@ -43,9 +43,10 @@ def native_or(
     indices_TK: torch.Tensor,
     weights_TK: torch.Tensor,
 ) -> torch.Tensor:
-    """As ``native_backend``, but ``otherwise`` computes what the library cannot."""
+    """As ``native_backend``, but ``otherwise`` computes what the library cannot, or not as fast; see ``RULES``."""
     form, tensors = _form(experts), _tensors(experts)
-    if _refusal(experts, form, tensors, hidden_TD):
+    cast = tensors[0].dtype != _dtype(hidden_TD)  # by autocast: of all experts, for each call
+    if _refusal(experts, form, tensors, hidden_TD) or (cast and not _is_watched()):
         return otherwise(experts, hidden_TD, indices_TK, weights_TK)
     return _compute(form, tensors, hidden_TD, indices_TK, weights_TK)
 
