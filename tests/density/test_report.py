@@ -10,7 +10,7 @@ from sklearn.datasets import load_iris
 from density.tables import rows, with_holes
 from mixtura.core.errors import FileFormatError, OptionError, UnknownNameError
 from mixtura.density import GaussianMixture, MixtureSearch
-from mixtura.density._svg import HEIGHT, WIDTH, Plot, ticks
+from mixtura.density._svg import HEIGHT, LEFT, WIDTH, Plot, ticks
 from mixtura.density._words import choice_words, components_of, family_words
 from mixtura.density.families import FAMILIES
 from mixtura.density.fit_table import fit_table
@@ -235,13 +235,14 @@ def test_ticks_are_round_and_lie_inside():
 def test_a_plot_of_one_point_has_a_range():
     plot = Plot((3, 3), (0, 0), "t", "x", "y")
     plot.points(np.array([[3.0, 0.0]]), ["red"])
-    assert f'cx="{(58 + WIDTH - 12) / 2}"' in plot.svg()
+    assert f'cx="{(LEFT + WIDTH - 12) / 2}"' in plot.svg()
 
 
 def test_means_are_shown_to_the_digits_that_deviations_speak_of():
     assert plus_minus(0.25213, 0.105) == "0.25 ± 0.10"
     assert plus_minus(123456.7, 3210.0) == "123,500 ± 3,200"
     assert plus_minus(-3.0, 1e-9) == "-3 ± 1e-09"
+    assert plus_minus(-20.0, 1600.0) == "0 ± 1,600"
     assert plus_minus(5.0034, 0.391) == "5.00 ± 0.39"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 300, 58, 12, 12, 42
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 78, 12, 12, 42
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b8548f", "#b37b00", "#3d9fd3", "#8c6d31", "#7570b3", "#666666")
 DARK = ("#4fb3ee", "#ff8a4a", "#33cfa0", "#e59cc6", "#f2b93b", "#8fd0f5", "#c9a866", "#a8a3e0", "#a0a0a0")
 MARGIN = 0.04  # of a range, on either side
@@ -115,7 +115,7 @@ def color_style() -> str:
     return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
-def _short(words: str, most: int = 40) -> str:
+def _short(words: str, most: int = 34) -> str:
     """Words that fit beside an axis."""
     return words if len(words) <= most else f"{words[: most - 1]}…"
 

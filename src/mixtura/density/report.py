@@ -29,8 +29,9 @@ padding:0 1rem}h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}.grid{st
 stroke:currentColor}svg{width:100%;max-width:32rem}svg text{font:12px system-ui,sans-serif;fill:currentColor}
 svg .mark{font-weight:700;paint-order:stroke;stroke:Canvas;stroke-width:3px}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem}.scroll{overflow-x:auto}
-table{border-collapse:collapse}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
-td:first-child,th:first-child{text-align:left}i.dot{display:inline-block;width:.8em;height:.8em;border-radius:50%}
+table{border-collapse:collapse}td,th{padding:.2rem .7rem;text-align:right;white-space:nowrap;
+border-bottom:1px solid var(--line)}td:first-child,th:first-child{text-align:left}
+i.dot{display:inline-block;width:.8em;height:.8em;border-radius:50%}
 ul.cautions li{margin:.3rem 0}figure{margin:0}figcaption{font-size:.85rem;text-align:center;max-width:32rem}
 """
 
@@ -140,7 +141,7 @@ def plus_minus(mean: float, deviation: float) -> str:
     if not -5 < decimals < 7:
         return f"{mean:.3g} ± {deviation:.2g}"
     shown = max(decimals, 0)
-    return f"{round(mean, decimals):,.{shown}f} ± {round(deviation, decimals):,.{shown}f}"
+    return f"{round(mean, decimals) + 0.0:,.{shown}f} ± {round(deviation, decimals):,.{shown}f}"
 
 
 def _noise(mixture: Any) -> str:
