@@ -24,7 +24,7 @@ def train_and_count(*, rows=HELD_OUT, **config):
 
 @evidence(
     "adamoe",
-    claim="With null experts a token uses 1.8 true experts or fewer instead of 2, within 0.01 bits per byte of top-2, "
+    claim="With null experts a token uses 1.8 true experts or fewer instead of 2, within 0.02 bits per byte of top-2, "
     "and the number differs between tokens.",
     source="Zeng et al., arXiv:2406.13233",
     figure="bits per byte, lower is better",
@@ -42,7 +42,7 @@ def measure(lab: Lab) -> Verdict:
     run(lab, ADAPTIVE, layer, train_and_count, balance={"null-balance": {"coefficient": 0.01, "null_experts": NULLS}})
     gap = lab.difference(FIGURE, ADAPTIVE, TOP2)
     used, spread = lab.mean(USED, ADAPTIVE), lab.mean(SPREAD, ADAPTIVE)
-    found = (used <= 1.8) + (gap.mean <= 0.01) + (spread > 0.1)
+    found = (used <= 1.8) + (gap.high <= 0.02) + (spread > 0.1)
     return Verdict(
         {3: "holds", 0: "does not hold here"}.get(found, "partly"),
         f"A token uses {used:.2f} true experts (deviation {spread:.2f} between tokens), {gap} bits per byte from "

@@ -15,7 +15,8 @@ LOSSES = {"no balance": 0.0, "loss 0.001": 1e-3, "loss 0.01": 1e-2}
 
 @evidence(
     "aux-loss-free-bias",
-    claim="A selection bias keeps MaxVio under 0.2, with a loss no worse than the best of three balance losses.",
+    claim="A selection bias keeps MaxVio under 0.2, with a loss no worse than that of the best of three "
+    "balance losses (to 0.02 bits per byte).",
     source="Wang et al., arXiv:2408.15664",
     figure="bits per byte, lower is better",
     setting=SETTING + "; here 16 experts of width 64",
@@ -32,7 +33,7 @@ def measure(lab: Lab) -> Verdict:
     best = min(LOSSES, key=lambda name: lab.mean(FIGURE, name))
     gaps = {name: lab.difference(FIGURE, name, best) for name in (BIAS, FAST)}
     uneven = {name: lab.mean("MaxVio", name) for name in gaps}
-    found = max((uneven[name] < 0.2) + (gap.low <= 0) for name, gap in gaps.items())
+    found = max((uneven[name] < 0.2) + (gap.high <= 0.02) for name, gap in gaps.items())
     told = "; ".join(
         f"{name}: MaxVio {uneven[name]:.2f}, {gap} bits per byte from {best}" for name, gap in gaps.items()
     )

@@ -30,7 +30,7 @@ def measure(lab: Lab) -> Verdict:
     behind = lab.difference(FIGURE, HASHED, LEARNED)
     chance = lab.difference(FIGURE, HASHED, RANDOM)
     lab.difference(FIGURE, HASHED, TOTAL)
-    found = (gain.high < 0) + (behind.mean < 0.02)
+    found = (gain.high < 0) + (behind.high < 0.02)
     return Verdict(
         {2: "holds", 1: "partly", 0: "does not hold here"}[found],
         f"The table minus dense is {gain} bits per byte, minus the learned router {behind}, minus "

@@ -21,7 +21,7 @@ BALANCE = {"load-balancing": 0.01}
 @evidence(
     "sparse-upcycling",
     claim="After 400 more steps the upcycled model is better by 0.01 bits per byte or more than the dense one, and "
-    "about as good as a mixture that was trained from the start.",
+    "as good as a mixture that was trained from the start (to 0.02).",
     source="Komatsuzaki et al., arXiv:2212.05055",
     figure="bits per byte, lower is better",
     setting=SETTING + "; R-UP-S: last 2 layers of SmolLM2-135M-Instruct, 60 steps of 4 x 128 tokens",
@@ -45,7 +45,7 @@ def measure(lab: Lab) -> Verdict:
     gain, more = (lab.difference(FIGURE, name, DENSE) for name in (HALVES, COPIES))
     scratch = lab.difference(FIGURE, HALVES, TOP2)
     kept = lab.difference(AT_ONCE, HALVES, DENSE)
-    found = (gain.mean <= -0.01 and gain.high < 0) + (scratch.low <= 0.01)
+    found = (gain.mean <= -0.01 and gain.high < 0) + (scratch.high <= 0.02)
     return Verdict(
         {2: "holds", 1: "partly", 0: "does not hold here"}[found],
         f"At equal work upcycled minus dense is {gain} bits per byte, with twice the work {more}; upcycled minus a "
