@@ -60,6 +60,7 @@ import json, os, signal, threading, time, torch
 from mixtura.nn import Experts
 from mixtura.nn.backends.native import native_backend
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process that a shell put into the background
 torch.set_num_threads(2)
 experts = Experts(4, 256, 256).requires_grad_(False)
 call = experts, torch.randn(4096, 256), torch.randint(0, 5, (4096, 2)), torch.rand(4096, 2)
