@@ -2,7 +2,6 @@
 #pragma once
 #include "attend.h"
 #include "backward.h"
-#include "forward.h"
 #include "kernels.h"
 #include "quantized.h"
 

@@ -10,7 +10,7 @@
 #include <omp.h>
 
 #include "plan.h"
-#include "products.h"
+#include "vectors.h"
 
 namespace MIXTURA_ISA {
 
@@ -205,8 +205,6 @@ template <class T> struct Call {
     return {(const T *)e.first + x * C * D, bias, C, D, e.transposed != 0};
   }
 
-  T *inner(i64 s) const { return (T *)((float *)plan.inner + s * words<T>(F)); }
-
   Projection<T> down(i64 x) const {
     const T *bias = e.down_bias ? (const T *)e.down_bias + x * D : nullptr;
     return {(const T *)e.down + x * D * F, bias, D, F, e.transposed != 0};
@@ -253,7 +251,7 @@ template <class T> struct Call {
     for (i64 m = 0; m < M; m++) {
       for (i64 i = 0; i < n; i += W) {
         V x = e.gated ? combine(e, load(gate[m] + i), load(up[m] + i)) : activate(e.activation, load(gate[m] + i));
-        store_some(inner(s + m) + f + i, x, n - i);
+        store_some((T *)plan.inner + (s + m) * F + f + i, x, n - i);
       }
       if (plan.kept) put(gate[m], up[m], f, n, (T *)plan.kept + (s + m) * C);
     }
@@ -272,24 +270,19 @@ template <class T> struct Call {
 
   // Output columns from .. to of all tokens.
   void second_phase(i64 from, i64 to, float *sum) const {
-    std::memset(sum, 0, plan.T * MIXTURA_COLUMNS * sizeof(float));
-    for (i64 i = 0; i < plan.num_active; i++) add_expert(plan.active[i], from, to, sum);
-    put_sums(from, to, sum);
-  }
-
-  void add_expert(i64 x, i64 from, i64 to, float *sum) const {
     const i64 longest = tall(F);
-    Projection<T> project = down(x);
-    project.far = plan.first[x + 1] - plan.first[x] <= longest;
-    for (i64 d = from; d < to; d += 2 * W)
-      split(plan.first[x], plan.first[x + 1], longest, [&](i64 m, i64 M) {
-        const T *a[TILE];
-        for (i64 j = 0; j < M; j++) a[j] = inner(m + j);
-        weigh(project, a, M, m, d, least(2 * W, to - d), sum + d - from);
-      });
-  }
-
-  void put_sums(i64 from, i64 to, const float *sum) const {
+    std::memset(sum, 0, plan.T * MIXTURA_COLUMNS * sizeof(float));
+    for (i64 i = 0; i < plan.num_active; i++) {
+      const i64 x = plan.active[i];
+      Projection<T> project = down(x);
+      project.far = plan.first[x + 1] - plan.first[x] <= longest;
+      for (i64 d = from; d < to; d += 2 * W)
+        split(plan.first[x], plan.first[x + 1], longest, [&](i64 m, i64 M) {
+          const T *a[TILE];
+          for (i64 j = 0; j < M; j++) a[j] = (const T *)plan.inner + (m + j) * F;
+          weigh(project, a, M, m, d, least(2 * W, to - d), sum + d - from);
+        });
+    }
     for (i64 t = 0; t < plan.T; t++)
       for (i64 d = from; d < to; d += W)
         store_some((T *)plan.out + t * D + d, load(sum + t * MIXTURA_COLUMNS + d - from), least(W, to - d));
@@ -307,6 +300,25 @@ template <class T> struct Call {
     }
   }
 
-  static i64 next(i64 &counter) { return __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED); }
+  void operator()() const {
+    const i64 parts = (F + UNITS - 1) / UNITS, columns = (D + MIXTURA_COLUMNS - 1) / MIXTURA_COLUMNS;
+    i64 next = 0, column = 0;
+#pragma omp parallel num_threads(plan.threads)
+    {
+      for (i64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < parts * plan.num_active;)
+        first_phase(plan.active[i / parts], i % parts * UNITS, least(F, (i % parts + 1) * UNITS));
+#pragma omp barrier
+      float *sum = plan.sums + omp_get_thread_num() * plan.T * MIXTURA_COLUMNS;
+      for (i64 i; (i = __atomic_fetch_add(&column, 1, __ATOMIC_RELAXED)) < columns;)
+        second_phase(i * MIXTURA_COLUMNS, least(D, (i + 1) * MIXTURA_COLUMNS), sum);
+    }
+  }
 };
+
+inline void forward(const mixtura_plan *plan) {
+  if (plan->experts.dtype == MIXTURA_FLOAT32)
+    Call<float>{*plan}();
+  else
+    Call<bf16>{*plan}();
+}
 }  // namespace MIXTURA_ISA
