@@ -5,6 +5,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 from scipy import stats
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from mixtura.evidence import (
 from mixtura.evidence.intervals import smallest_difference
 from mixtura.evidence.results import read_result
 from mixtura.evidence.runs import Runner
+from mixtura.evidence.scripts import load_module
 
 SCRIPT = '''"""A card."""
 from pathlib import Path
@@ -172,8 +174,29 @@ def plain_figures(*, seed, value=0.0):
     return {"loss": seed + value}
 
 
+def made_up_voices(limit):
+    rng = np.random.default_rng(0)
+    frames = np.sort(rng.uniform(0.1, 3.0, (10 * limit, 16)), 1)
+    return frames, np.sort(frames + rng.normal(0, 0.01, frames.shape), 1), np.repeat(np.arange(limit), 10)
+
+
+def refused(source, folder):
+    raise AssertionError(f"{source.package} would be fetched")
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Nothing is fetched, nothing that was fetched is used; two scripts get other data in the place of theirs."""
+    monkeypatch.setenv("MIXTURA_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys.modules["mixtura.data.fetch"], "_download_and_unpack", refused)
+    voices, classes = (load_module(find_scripts()[key]) for key in ("voice-morphing-gmm", "gcd-ssgmm"))
+    monkeypatch.setattr(voices, "pairs", made_up_voices)
+    digits = classes.features("digits")
+    monkeypatch.setattr(classes, "features", lambda data: digits)
+
+
 @pytest.mark.parametrize("key", find_scripts())
-def test_every_script_runs(key):
+def test_every_script_runs(key, offline):
     assert load_script(key).key == key
     result = run_script(key, smoke=True, say=lambda line: None)
     assert result.verdict in VERDICTS
