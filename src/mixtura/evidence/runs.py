@@ -57,8 +57,8 @@ class Runner:
         """
         places = [self._place(function, config, seed) for config, seed in tasks]
         known = [self._cached(place) for place in places]
-        missing = [task for task, figures in zip(tasks, known, strict=True) if figures is None]
-        computed = iter(self._compute(function, missing))
+        missing = [n for n, figures in enumerate(known) if figures is None]
+        computed = iter(self._compute(function, [tasks[n] for n in missing], [places[n] for n in missing]))
         return [figures if figures is not None else next(computed) for figures in known]
 
     def _place(self, function: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Path:
@@ -81,8 +81,8 @@ class Runner:
             return None
         return figures
 
-    def _compute(self, function: Callable[..., Any], tasks: Sequence[Task]) -> list[Figures]:
-        name, places = self._name(function), [self._place(function, config, seed) for config, seed in tasks]
+    def _compute(self, function: Callable[..., Any], tasks: Sequence[Task], places: Sequence[Path]) -> list[Figures]:
+        name = self._name(function)
         calls = [
             (name, config, seed, place if self.jobs else None)
             for place, (config, seed) in zip(places, tasks, strict=True)
