@@ -112,3 +112,16 @@ def test_bits_do_not_depend_on_rows_or_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.cat([linear_of_few(row[None], weight) for row in x]), together)
+
+
+@torch.no_grad()
+def test_what_torch_broadcasts_is_left_to_torch():
+    x, weight, bias = torch.randn(2, 32), torch.randn(48, 32), torch.randn(1)
+    query, shared = torch.randn(2, 4, 1, 16), torch.randn(1, 4, 9, 16)
+    with FewTokens() as mode:
+        linear, attended = F.linear(x, weight, bias), F.scaled_dot_product_attention(query, shared, shared)
+    assert mode.count == 0
+    assert torch.equal(linear, F.linear(x, weight, bias))
+    assert torch.equal(attended, F.scaled_dot_product_attention(query, shared, shared))
+    with FewTokens(), pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(query, shared[..., :8], shared[..., :8])

@@ -71,6 +71,8 @@ def linear_of_few(x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor
     """x times the transposed weight plus the bias, of up to ``FEW`` rows; None if the library cannot."""
     tensors = [t for t in (x, weight_NK, bias_N) if t is not None]
     rows = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
+    if bias_N is not None and bias_N.shape != weight_NK.shape[:1]:
+        return None  # torch broadcasts it, or says what is wrong
     if weight_NK.ndim != 2 or not 1 <= rows <= FEW or x.shape[-1] != weight_NK.shape[1] or not _are_plain(tensors):
         return None
     out = x.new_empty(*x.shape[:-1], len(weight_NK))
@@ -95,6 +97,8 @@ def attend(
     """
     if query.ndim != 4 or query.shape[2] > MOST or key.shape != value.shape or key.stride() != value.stride():
         return None
+    if key.ndim != 4 or (key.shape[0], key.shape[3]) != (query.shape[0], query.shape[3]):
+        return None  # torch broadcasts rows, or says what is wrong
     (B, H, Q, P), (_, V, L, _), query = query.shape, key.shape, query.contiguous()
     if B > FEW or P % 16 or H % V or not _lies_in_a_cache(key) or {key.dtype, value.dtype} != {query.dtype}:
         return None
