@@ -1,13 +1,15 @@
-"""Gaussian mixtures: the cost of an iteration of EM beside scikit-learn's, from the same parameters.
+"""Gaussian mixtures: the cost of an iteration of EM beside scikit-learn's and pomegranate's, from the same start.
 
-Neither starts anew nor converges: both go a fixed number of iterations from given parameters at tolerance 0, and the
+Nobody starts anew nor converges: all go a fixed number of iterations from given parameters at tolerance 0, and the
 time of a single one is taken off, so that checks of the input do not count. ``benchmarks/density/speed.py`` measures
-whole fits, memory and pomegranate.
+whole fits and memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
@@ -16,12 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from mixtura.bench.measuring import CLOCKS, Watch, interleave
+from mixtura.bench.measuring import Contestant, Here, Watch, interleave
+from mixtura.bench.peers import PeerError, There, Worker, worker
 from mixtura.bench.report import Case
 
 ROWS = 20_000
 COLUMNS, COMPONENTS = (2, 8, 16, 32, 128), (2, 16)
 FAMILIES, DTYPES = ("full", "tied", "diag", "spherical"), ("float64", "float32")
+AGREEING = 3  # iterations after which means are compared
+APART = 1e-3  # of the norm of the means: others are left out
 
 
 class Start:
@@ -79,52 +84,86 @@ class Iterations:
 
     Args:
         who: its name.
-        fit: takes the number of iterations.
+        fit: makes a contestant that goes so many iterations.
         several: how many more than one.
     """
 
-    def __init__(self, who: str, fit: Callable[[int], Any], several: int) -> None:
-        self.who, self._fit, self._several = who, fit, several
+    def __init__(self, who: str, fit: Callable[[int], Contestant], several: int) -> None:
+        self.who, self.several = who, several
+        self._one, self._more = fit(1), fit(1 + several)
 
     def run(self, times: int, clock: str = "wall") -> Sequence[float]:
         """Seconds of each of so many runs, by one of ``CLOCKS``."""
-        now, out = CLOCKS[clock], []
-        for _ in range(times):
-            marks = [now()]
-            for iterations in (1, 1 + self._several):
-                self._fit(iterations)
-                marks.append(now())
-            out.append(max(marks[2] - 2 * marks[1] + marks[0], 1e-9) / self._several)
-        return out
+        pairs = [(self._one.run(1, clock)[0], self._more.run(1, clock)[0]) for _ in range(times)]
+        return [max(more - one, 1e-9) / self.several for one, more in pairs]
 
 
 def density(
     watch: Watch, peers: Mapping[str, Path], versions: dict[str, str], *, wanted: Callable[[str], bool], rounds: int
 ) -> Iterator[Case]:
-    """Time an iteration of EM of 20,000 rows; ``error`` is how far the means lie apart after them.
+    """Time an iteration of EM of 20,000 rows; ``error`` is how far means lie from scikit-learn's after three.
 
     Args:
         watch: over the machine.
-        peers: not used; scikit-learn is in this environment.
-        versions: gets that of scikit-learn.
+        peers: interpreters by name; scikit-learn is in this environment.
+        versions: gets those of scikit-learn and of the peers.
         wanted: whether a case of that name is, such as "full/d8/k16/float64".
         rounds: as in ``interleave``.
     """
     versions["scikit-learn"] = importlib.metadata.version("scikit-learn")
-    for kind, d, k, dtype in product(FAMILIES, COLUMNS, COMPONENTS, DTYPES):
-        name = f"{kind}/d{d}/k{k}/{dtype}"
-        if not wanted(name):
-            continue
-        several, start = 10 if d <= 32 else 3, Start(ROWS, d, k, kind, dtype)
-        ours, theirs = start.ours(3).means_, start.sklearn(3).means_
-        apart = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-        contestants = [
-            Iterations("mixtura", start.ours, several),
-            Iterations("scikit-learn", start.sklearn, several),
-        ]
-        outcome = interleave(contestants, watch, rounds=rounds)
-        watch.release()
-        yield Case(name, outcome, errors={"mixtura": apart})
+    with contextlib.ExitStack() as stack:
+        there = None
+        if "pomegranate" in peers:
+            there = stack.enter_context(_pomegranate(peers["pomegranate"], watch, versions))
+        for kind, d, k, dtype in product(FAMILIES, COLUMNS, COMPONENTS, DTYPES):
+            name = f"{kind}/d{d}/k{k}/{dtype}"
+            if wanted(name):
+                yield _case(name, Start(ROWS, d, k, kind, dtype), 10 if d <= 32 else 3, there, watch, rounds)
+
+
+@contextlib.contextmanager
+def _pomegranate(python: Path, watch: Watch, versions: dict[str, str]) -> Iterator[Worker]:
+    import torch
+
+    threads = torch.get_num_threads()
+    with worker(python, "pomegranate_mixture", threads) as there:
+        versions |= there.ask("load", threads=threads)["versions"]
+        watch.own.add(there.pid)
+        yield there
+
+
+def _case(name: str, start: Start, several: int, there: Worker | None, watch: Watch, rounds: int) -> Case:
+    """Check that everybody takes the same steps, then time them."""
+    means = {"mixtura": start.ours(AGREEING).means_}
+    contestants: list[Contestant] = [
+        Iterations("mixtura", lambda n: Here("", lambda: start.ours(n)), several),
+        Iterations("scikit-learn", lambda n: Here("", lambda: start.sklearn(n)), several),
+    ]
+    left_out = {}
+    if there is not None:
+        try:
+            means["pomegranate"] = _means_there(there, start, several)
+            contestants.append(Iterations("pomegranate", lambda n: There(str(n), there), several))
+        except PeerError as error:
+            left_out["pomegranate"] = str(error)
+    reference = start.sklearn(AGREEING).means_
+    errors = {who: float(np.linalg.norm(one - reference) / np.linalg.norm(reference)) for who, one in means.items()}
+    left_out |= {who: f"its means are off by {error:.2g}" for who, error in errors.items() if not error <= APART}
+    outcome = interleave([one for one in contestants if one.who not in left_out], watch, rounds=rounds)
+    watch.release()
+    return Case(name, outcome, errors=errors, left_out=left_out)
+
+
+def _means_there(there: Worker, start: Start, several: int) -> Any:
+    """Means of a worker that has got table and start; from now on it goes on from them."""
+    at = start.start
+    arrays = {"X": start.X, "weights": at.weights_, "means": at.means_, "covariances": at.covariances_}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, array in arrays.items():
+            np.save(Path(folder) / f"{name}.npy", array)
+        there.ask("case", folder=folder, kind=start.kind, iterations=[1, 1 + several])
+        there.ask("output", iterations=AGREEING, path=f"{folder}/out.npy")
+        return np.load(f"{folder}/out.npy")
 
 
 def _quietly(fit: Callable[[Any], Any], X: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from mixtura.core.errors import MixturaError, OptionError, unknown_name
 
-PEERS = ("zentorch", "vllm", "onnxruntime", "llama")
+PEERS = ("zentorch", "vllm", "onnxruntime", "llama", "pomegranate")
 ENVIRONMENT = "MIXTURA_PEERS"
 _WORKERS = Path(__file__).with_name("workers")
 
