@@ -24,7 +24,9 @@ docs: .venv/.ready-docs
 	$(BIN)/mkdocs build --strict
 
 # The native library, compiled so that it sees wrong reads, writes and arithmetic, under random calls. It needs GCC.
+# Other calls, or one again: FUZZ="--seed 3", FUZZ="--seed 3 --call 17".
 TIME ?= 120
+FUZZ ?=
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
 SANITIZE += -fno-sanitize=null,object-size -fno-sanitize-recover=all
 
@@ -33,7 +35,7 @@ sanitize: .venv/.ready-test
 	where() { $${CXX:-c++} -print-file-name=$$1; }; \
 	$(BIN)/python $(NATIVE)/build.py "$$library" $(SANITIZE); \
 	$(OFFLINE) PYTHONPATH=tests ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	LD_PRELOAD="$$(where libasan.so) $$(where libstdc++.so)" $(BIN)/python tests/sanitize/fuzz.py "$$library" $(TIME)
+	LD_PRELOAD="$$(where libasan.so) $$(where libstdc++.so)" $(BIN)/python tests/sanitize/fuzz.py "$$library" $(TIME) $(FUZZ)
 
 clean:
 	rm -rf .venv site runs
