@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from hf.decoders import own
 from mixtura.cli.main import app
 from mixtura.hf.quantizer import quantize_model
+from mixtura.nn.quantized_linear import QuantizedLinear
 from mixtura.surgery.quantize import quantize
-from pico import tokens
+from pico import pico, tokens
 
 
 def run(*arguments):
@@ -40,6 +41,20 @@ def test_a_folder_becomes_a_smaller_one(folder):
     assert "--bits 4 --option group_size=64" in (folder / "out" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(folder / "out").eval()
     expected = quantize_model(own(), bits=4, group_size=64, linears=True)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, expected(tokens()).logits)
+
+
+def test_a_tied_head_gets_a_quantized_matrix_of_its_own(tmp_path):
+    model = pico("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "model")
+    result = run(tmp_path / "model", tmp_path / "out", "--head", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["options"]["head"] is True
+    assert "--bits 8 --head" in (tmp_path / "out" / "README.md").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected = quantize_model(model, bits=8, linears=True, head=True)
+    assert isinstance(loaded.lm_head, QuantizedLinear)
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, expected(tokens()).logits)
 
