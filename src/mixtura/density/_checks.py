@@ -11,8 +11,8 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from mixtura.core.arrays import is_torch
 from mixtura.core.errors import MixturaWarning, OptionError, ShapeError
+from mixtura.density._products import Frame
 from mixtura.density._rows import Rows
-from mixtura.density._strategies import Frame
 
 Floats = NDArray[np.floating]
 LARGEST = 1e150  # squares must be finite

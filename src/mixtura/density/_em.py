@@ -57,7 +57,8 @@ def expectation(
         algorithm: "auto", "gemm" or "cholesky".
         log_noise: log weight + log density of the noise component, or None without one.
         links: maps the log scores (K, N) of all rows to ``Linked`` responsibilities, or None.
-        pooled: whether components have one covariance, and second moments may be those of all together.
+        pooled: whether components have one covariance, and second moments may be those of all together; then neither
+            noise nor links.
         n_jobs: threads; results are added up in the order of the rows, whatever their number.
     """
     strategy = _strategy(rows, scores, algorithm, pooled=pooled)
@@ -75,7 +76,7 @@ def expectation(
             noise, shares_KM = float(shares_KM[-1].sum(dtype=np.float64)), shares_KM[:-1]
         return strategy.moments(shares_KM, features), log_likelihood, noise
 
-    sums, log_likelihood, noise = None, 0.0, 0.0
+    sums, log_likelihood, noise = None, strategy.common, 0.0
     for one, its_likelihood, its_noise in in_threads(work, _chunks(rows, strategy), n_jobs):
         sums = one if sums is None else sums + one
         log_likelihood, noise = log_likelihood + its_likelihood, noise + its_noise
@@ -148,7 +149,7 @@ def climb(
 def _strategy(rows: Rows, scores: Scores, algorithm: str, *, pooled: bool = False) -> Any:
     if rows.incomplete or rows.noise is not None:
         return Hidden(rows, scores)
-    return choose_strategy(scores, rows.frame, rows.data_ND.dtype, algorithm, pooled=pooled)
+    return choose_strategy(scores, rows.frame, rows.data_ND.dtype, algorithm, rows.scatter_DD if pooled else None)
 
 
 def _chunks(rows: Rows, strategy: Any) -> Iterator[tuple[Index, Callable[[], Any]]]:
@@ -156,7 +157,7 @@ def _chunks(rows: Rows, strategy: Any) -> Iterator[tuple[Index, Callable[[], Any
     if isinstance(strategy, Hidden):
         yield from strategy.chunks()
         return
-    for part in rows.slices(strategy.n_features + strategy.K):
+    for part in rows.slices(strategy.numbers):
         yield part, partial(strategy.features, rows.data_ND[part])
 
 

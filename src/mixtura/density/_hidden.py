@@ -38,6 +38,8 @@ class Posterior(NamedTuple):
 class Hidden:
     """Scores and expected moments of rows with hidden parts; the interface of ``Products`` and ``Factors``."""
 
+    common = 0.0
+
     def __init__(self, rows: Rows, scores: Scores) -> None:
         self.rows, self.diagonal = rows, scores.diagonal
         self.reference_KD = scores.means_KD

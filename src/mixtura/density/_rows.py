@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtura.density._parameters import safe_log
-from mixtura.density._strategies import Frame
+from mixtura.density._products import Frame
 
 Floats = NDArray[np.floating]
 Index = slice | NDArray[np.intp]
 
-CHUNK_NUMBERS = 1 << 17  # numbers of a chunk's features: 1 MiB in float64, about the size of a core's cache
+CHUNK_NUMBERS = 1 << 18  # that the rows of a chunk take: 2 MiB in float64, twice the L2 cache that it was measured on
 FRAME_ROWS = 1 << 16
 
 
@@ -32,7 +32,7 @@ class Rows:
         labels: component of each row, -1 where unknown, (N,); or probabilities of components, (N, K); or None.
         noise: variances (N, D) or covariances (N, D, D) of each row's own noise, or None.
         kept_N: which of the rows that were given are here, or None for all.
-        batch_size: rows of a chunk, or None for as many as fit a core's cache.
+        batch_size: rows of a chunk, or None for as many as take ``CHUNK_NUMBERS``.
     """
 
     data_ND: Floats
@@ -64,7 +64,7 @@ class Rows:
         return any(np.isnan(self.data_ND[part]).any() for part in self.slices(self.D))
 
     def slices(self, numbers_per_row: int) -> Iterator[slice]:
-        """Chunks of rows that fit a core's cache when each row takes so many numbers."""
+        """Chunks of rows of which each takes so many numbers; cut so that they stay near a core's cache."""
         size = self.batch_size or max(64, min(1 << 14, CHUNK_NUMBERS // max(1, numbers_per_row)))
         return (slice(start, min(start + size, self.N)) for start in range(0, self.N, size))
 
@@ -85,6 +85,16 @@ class Rows:
             shift_D[column] = values_N.mean(dtype=np.float64)
             spread = values_N.std(dtype=np.float64)
             scale_D[column] = spread if spread > 0 else 1.0
+
+    @cached_property
+    def scatter_DD(self) -> Floats:
+        """Weighted second moments of complete rows about the center, which no parameters change."""
+        scatter_DD = np.zeros((self.D, self.D))
+        shift_D = self.frame.shift_D.astype(self.data_ND.dtype)
+        for part in self.slices(2 * self.D):
+            z_MD = (self.data_ND[part] - shift_D).astype(np.float64, copy=False)
+            scatter_DD += z_MD.T @ (z_MD if self.weights_N is None else z_MD * self.weights_N[part, None])
+        return scatter_DD
 
     def known_columns(self) -> tuple[list[int], list[int]]:
         """Columns of which no value is observed, and columns whose observed values are all the same."""

@@ -66,7 +66,7 @@ class Statistics:
         return Statistics(
             self.count_K + other.count_K,
             self.first_KD + other.first_KD,
-            self.second + other.second,
+            other.pool(self.second) + self.pool(other.second),
             self.reference_KD,
             self.log_likelihood + other.log_likelihood,
             self.weight + other.weight,

@@ -151,7 +151,8 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
             log_noise = float(self.noise_log_density_ + safe_log(np.float64(parameters.noise_weight)))
         links = self._links and partial(self._links.adjust, log_weights_K=safe_log(parameters.weights_K))
         scores = scores_of(parameters)
-        pooled = model.family.name == "EEE" and not model.constraints and len(parameters.weights_K) > 1
+        plain = not model.constraints and links is None and log_noise is None
+        pooled = plain and model.family.name == "EEE" and len(parameters.weights_K) > 1
         return expectation(
             rows,
             scores,
