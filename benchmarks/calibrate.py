@@ -16,6 +16,7 @@ import torch
 
 from mixtura.bench.layer import SHAPES, random_experts
 from mixtura.nn.backends import sorted_backend
+from mixtura.nn.backends.grouped import grouped_backend
 from mixtura.nn.backends.native import instructions, native_backend
 
 TOKENS = (1, 8, 64, 512)
@@ -23,13 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS, LEAST = 3, 0.01  # a contestant's turn takes this many seconds
 
 
-def grouped(experts, *inputs):
-    """torch's grouped product, by transformers."""
-    experts.config._experts_implementation = "grouped_mm"
-    return experts(*inputs)
-
-
-CONTESTANTS = {"native": native_backend, "sorted": sorted_backend, "grouped_mm": grouped}
+CONTESTANTS = {"native": native_backend, "sorted": sorted_backend, "grouped": grouped_backend}
 
 
 def seconds(call):

@@ -18,6 +18,7 @@ from mixtura.hf.roles import freeze
 from mixtura.hf.stored import compare_with_files
 from mixtura.nn import Experts, Mixture
 from mixtura.nn.backends.native import instructions
+from mixtura.nn.backends.rules import RULES
 from mixtura.nn.routers.topk_softmax import TopKRouter
 from mixtura.surgery.upcycle import upcycle
 from pico import DENSE, SPARSE, pico
@@ -195,7 +196,7 @@ def test_what_computes_experts_here_and_which_are_left_to_torch():
     seen, (name, available) = report.computing, instructions()
     assert (seen.no_library, seen.instructions, list(seen.available)) == ("", name, available)
     assert seen.threads == torch.get_num_threads()
-    assert [rule.takes for rule in seen.rules] == ["sorted", "native", "sorted"]
+    assert seen.rules == RULES
     (reason,) = seen.left_to_torch
     assert reason == "the activation is not one of its own"
     (left,) = seen.left_to_torch[reason]
@@ -203,6 +204,7 @@ def test_what_computes_experts_here_and_which_are_left_to_torch():
     text = report_text(report)
     assert f"native library: {name} on {seen.threads} threads; this processor has" in text
     assert "torch computes: model.layers.2." in text
+    assert all(f"{rule.takes}: {rule.when}: {rule.because[:20]}" in " ".join(text.split()) for rule in RULES)
     assert json.loads(json.dumps(report.to_dict()))["computing"]["left_to_torch"] == {reason: [left]}
     assert doctor(pico("llama")).computing is None
 

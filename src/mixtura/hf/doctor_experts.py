@@ -28,7 +28,7 @@ class Computing:
         instructions: the instruction set in use, "" without the library.
         available: all that the processor has, the best first.
         threads: that torch is set to use.
-        rules: who computes which calls.
+        rules: who computes which calls; the first that fits counts whose backend can.
         left_to_torch: for each reason why the library cannot, the names of the experts.
     """
 

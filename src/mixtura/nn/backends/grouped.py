@@ -1,0 +1,76 @@
+"""Slots sorted by expert, and torch's grouped product: one call a projection for all experts.
+
+T tokens, D width, E experts, K slots a token, S filled slots sorted by expert, F expert width, C = 2F gated or F plain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mixtura.core.errors import NotExpressibleError
+from mixtura.nn.backends.native.experts import is_transformed
+from mixtura.nn.backends.sorted import in_order
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LINE = 16  # bytes, of which rows must be a multiple
+_product: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+
+def grouped_backend(
+    experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Compute experts by torch's grouped product; equal to ``naive_backend`` up to rounding.
+
+    Raises:
+        NotExpressibleError: if it cannot, with the reason; see ``why_not_grouped``.
+    """
+    if reason := why_not_grouped(experts, hidden_TD):
+        raise NotExpressibleError(f"grouped experts: {reason}")
+    return in_order(_all_experts, experts, hidden_TD, indices_TK, weights_TK)
+
+
+def why_not_grouped(experts: Any, hidden_TD: torch.Tensor) -> str:
+    """Why it cannot compute these experts for these tokens; "" if it can."""
+    first, down = _weight(experts, _first(experts)), _weight(experts, "down_proj")
+    if {first.dtype, down.dtype, hidden_TD.dtype} not in ({dtype} for dtype in DTYPES):
+        return "tokens and weights must be float32, bfloat16 or float16 alike"
+    if torch.is_autocast_enabled(hidden_TD.device.type):
+        return "it knows no autocast"
+    tensors = (hidden_TD, first, down)
+    if is_transformed() or not all(type(t) in (torch.Tensor, nn.Parameter) for t in tensors):
+        return "tensors must be plain, without transforms of torch.func"
+    if any(n * hidden_TD.element_size() % _LINE for t in tensors for n in t.shape[-2 if t.ndim == 3 else -1 :]):
+        return f"widths must be multiples of {_LINE} bytes"
+    return (
+        "" if all(t.data_ptr() % _LINE == 0 for t in tensors) else f"tensors must begin at multiples of {_LINE} bytes"
+    )
+
+
+def _all_experts(experts: Any, hidden_SD: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    counts_E = torch.tensor(counts, device=hidden_SD.device)
+    inner_SC = _projected(experts, _first(experts), hidden_SD, counts_E)
+    inner_SF = experts._apply_gate(inner_SC) if experts.has_gate else experts.act_fn(inner_SC)
+    out_SD = _projected(experts, "down_proj", inner_SF, counts_E)
+    normed_SD: torch.Tensor = experts.post_expert_norm(out_SD) if experts.has_post_expert_norm else out_SD
+    return normed_SD
+
+
+def _projected(experts: Any, name: str, x: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    weight, ends_E = _weight(experts, name), counts_E.cumsum(0, dtype=torch.int32)
+    out: torch.Tensor = _product(x, weight if experts.is_transposed else weight.transpose(1, 2), offs=ends_E)
+    if experts.has_bias:
+        out = out + getattr(experts, f"{name}_bias").repeat_interleave(counts_E, 0, output_size=len(x))
+    return out
+
+
+def _first(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _weight(experts: Any, name: str) -> torch.Tensor:
+    weight: torch.Tensor = getattr(experts, name)
+    return weight
