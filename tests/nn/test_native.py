@@ -95,7 +95,7 @@ def test_every_layout_and_shape(isa, layout, shape, half):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 13, 16, 40])
 def test_every_height_of_a_tile(isa, tokens):
     use_instructions(isa)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
@@ -145,22 +145,73 @@ def test_the_clamped_gate_of_gpt_oss():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_token_comes_out_the_same_whatever_is_beside_it(isa, dtype):
-    """To the bit: alone as in generation, among others as in a prompt, on one thread or two."""
+def test_a_token_comes_out_the_same_beside_a_few_others(isa, dtype):
+    """To the bit, while no expert has 96 slots: alone as in generation, or among others."""
     use_instructions(isa)
-    module = experts(4, 96, 80, dtype)
-    hidden_TD, indices_TK, weights_TK = call(31, 2, 4, 96, dtype)
+    module = experts(8, 96, 80, dtype)
+    hidden_TD, indices_TK, weights_TK = call(200, 2, 8, 96, dtype)
+    assert 40 < indices_TK.flatten().bincount()[:8].max() < 96
     together_TD = native_backend(module, hidden_TD, indices_TK, weights_TK)
-    for t in range(31):
+    for t in range(0, 200, 7):
         alone = native_backend(module, hidden_TD[t : t + 1], indices_TK[t : t + 1], weights_TK[t : t + 1])
         assert torch.equal(alone[0], together_TD[t])
-    threads = torch.get_num_threads()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [31, 500])
+def test_the_same_bits_on_any_number_of_threads(isa, dtype, tokens):
+    """With few tokens an expert and with many, or both in one call."""
+    use_instructions(isa)
+    module, threads = experts(6, 96, 300, dtype), torch.get_num_threads()
+    arguments = call(tokens, 2, 6, 96, dtype)
+    arguments[1][arguments[1] == 5] = 6
+    arguments[1][0] = 5  # an expert with one token beside those with many
+    outputs = []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            assert torch.equal(native_backend(module, hidden_TD, indices_TK, weights_TK), together_TD)
+            outputs.append(native_backend(module, *arguments))
     finally:
         torch.set_num_threads(threads)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda options: "-".join(k for k, v in options.items() if v) or "plain")
+@pytest.mark.parametrize("half", [False, True])
+def test_many_tokens(isa, layout, half):
+    """Several tasks and tiles of every layout, and an expert with few tokens beside."""
+    use_instructions(isa)
+    dtype = torch.bfloat16 if half else torch.float32
+    module = experts(3, 83, 277, dtype, **layout)
+    OPTIONS[module] = layout
+    hidden_TD, indices_TK, weights_TK = call(240, 2, 3, 83, dtype)
+    indices_TK[indices_TK == 2] = 3
+    indices_TK[5] = 2
+    check(module, (hidden_TD, indices_TK, weights_TK), 2e-2 if half else 2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_more_tokens_than_are_packed_at_once(isa):
+    use_instructions(isa)
+    module = experts(1, 1 << 13, 3)
+    OPTIONS[module] = {}
+    hidden_TD, _, weights_TK = call(130, 1, 1, 1 << 13)
+    check(module, (hidden_TD, torch.zeros(130, 1, dtype=torch.int64), weights_TK), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_with_more_slots_than_there_are_tokens(dtype):
+    module = experts(3, 40, 24, dtype)
+    OPTIONS[module] = {}
+    hidden_TD, _, weights_TK = call(12, 16, 3, 40, dtype)
+    check(
+        module,
+        (hidden_TD, torch.ones(12, 16, dtype=torch.int64), weights_TK),
+        3e-2 if dtype == torch.bfloat16 else 2e-5,
+    )
 
 
 def test_empty_slots_and_padding_are_never_read():

@@ -49,7 +49,7 @@ inline V differentiate(const mixtura_experts &e, V gate, V up, V &by_gate, V &by
 
 template <class T> struct Gradients : Call<T> {
   using Base = Call<T>;
-  using Base::C, Base::D, Base::e, Base::F, Base::plan;
+  using Base::C, Base::D, Base::e, Base::F, Base::next, Base::plan;
   const mixtura_gradients &g = *plan.gradients;
   const i64 CW = words<T>(C), DW = words<T>(D);
 
@@ -265,8 +265,6 @@ template <class T> struct Gradients : Call<T> {
         weights_of(i / each, i % each, parts_first, parts_down, parts, scratch);
     }
   }
-
-  static i64 next(i64 &counter) { return __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED); }
 };
 
 inline void backward(const mixtura_plan *plan) {

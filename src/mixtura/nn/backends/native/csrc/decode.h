@@ -136,11 +136,12 @@ template <class T> struct Inputs {
 template <class T, class F>
 void plain_products(const mixtura_linear &linear, i64 from, i64 to, const T *const *a, i64 B, F sink) {
   constexpr i64 TILE = Tile<T>::M;
-  const Projection<T> project{(const T *)linear.weight, (const T *)linear.bias, linear.out, linear.in, false};
+  Projection<T> project{(const T *)linear.weight, (const T *)linear.bias, linear.out, linear.in, false};
   for (i64 n = from; n < to; n += 2 * W)
     for (i64 b = 0; b < B; b += TILE) {
       float c[TILE][2 * W] = {};
       const i64 M = least(TILE, B - b), count = least(2 * W, to - n);
+      project.far = b == 0;
       project(n, count, a + b, M, c);
       for (i64 m = 0; m < M; m++) sink(b + m, n, c[m], count);
     }

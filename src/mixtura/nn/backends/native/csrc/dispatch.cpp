@@ -76,6 +76,7 @@ const Isa *compute() {
 constexpr int64_t WIDEST = 32;  // columns of a packed panel, at most
 
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t up_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Parts of the workspace, each at the start of a cache line.
@@ -84,22 +85,25 @@ struct Parts {
 
   Parts(const mixtura_experts &e, int64_t T, int64_t K, int threads, bool backward) {
     const int64_t bytes = e.dtype == MIXTURA_FLOAT32 ? 4 : 2, S = T * K, C = (e.gated ? 2 : 1) * e.width;
+    // words are floats, or pairs of bfloat16 on some processors
+    const int64_t word = current->pairs && bytes == 2 ? 2 : 1, CW = (C + word - 1) / word, DW = (e.dim + word - 1) / word;
+    const int64_t FW = (e.width + word - 1) / word, tokens = least(S, mixtura_block(DW));
     inner = 0;
-    sums = inner + up_to_line(S * e.width * bytes);
+    sums = inner + up_to_line(S * FW * 4);
     order = sums + up_to_line(threads * T * MIXTURA_COLUMNS * 4);
     first = order + up_to_line(S * 4);
     active = first + up_to_line((e.num_experts + 1) * 8);
     next = active + up_to_line(e.num_experts * 8);
-    inner_gradient = end = next + up_to_line(e.num_experts * 8);
-    if (!backward) return;
-    // words are floats, or pairs of bfloat16 on some processors
-    const int64_t word = current->pairs && bytes == 2 ? 2 : 1, CW = (C + word - 1) / word, DW = (e.dim + word - 1) / word;
-    packed = inner_gradient + up_to_line(S * C * bytes);
-    weight_gradients = packed + up_to_line(S * CW * 4);
-    scratch = weight_gradients + up_to_line((e.width + MIXTURA_PART - 1) / MIXTURA_PART * S * 4);
-    const int64_t slots = (S + word - 1) / word;
-    const int64_t activation = (MIXTURA_TOKENS + WIDEST) * DW, outer = (MIXTURA_ROWS + WIDEST) * slots;
-    scratch_size = up_to_line(most(most(activation, outer), WIDEST * CW) * 4) / 4;
+    inner_gradient = scratch = next + up_to_line(e.num_experts * 8);
+    scratch_size = S >= MIXTURA_MANY && e.width ? up_to_line(most((tokens + 2 * WIDEST) * DW, WIDEST * FW) * 4) / 4 : 0;
+    if (backward) {
+      packed = inner_gradient + up_to_line(S * C * bytes);
+      weight_gradients = packed + up_to_line(S * CW * 4);
+      scratch = weight_gradients + up_to_line((e.width + MIXTURA_PART - 1) / MIXTURA_PART * S * 4);
+      const int64_t slots = (S + word - 1) / word;
+      const int64_t activation = (MIXTURA_TOKENS + WIDEST) * DW, outer = (MIXTURA_ROWS + WIDEST) * slots;
+      scratch_size = up_to_line(most(most(activation, outer), WIDEST * CW) * 4) / 4;
+    }
     end = scratch + threads * scratch_size * 4;
   }
 };
@@ -141,11 +145,11 @@ int prepare(mixtura_plan &plan, const int64_t *indices, char *base) {
   int64_t *first = (int64_t *)(base + parts.first), *active = (int64_t *)(base + parts.active);
   plan.order = order, plan.first = first, plan.active = active;
   plan.inner = base + parts.inner, plan.sums = (float *)(base + parts.sums);
+  plan.scratch = (float *)(base + parts.scratch), plan.scratch_size = parts.scratch_size;
   plan.inner_gradient = base + parts.inner_gradient;
   if (plan.gradients) {
     plan.packed = (float *)(base + parts.packed);
     plan.weight_gradients = (float *)(base + parts.weight_gradients);
-    plan.scratch = (float *)(base + parts.scratch), plan.scratch_size = parts.scratch_size;
   }
   return sort(plan, indices, order, first, active, (int64_t *)(base + parts.next));
 }

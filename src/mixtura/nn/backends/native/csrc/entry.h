@@ -2,6 +2,7 @@
 #pragma once
 #include "attend.h"
 #include "backward.h"
+#include "forward.h"
 #include "kernels.h"
 #include "quantized.h"
 

@@ -10,13 +10,14 @@
 #include <omp.h>
 
 #include "plan.h"
-#include "vectors.h"
+#include "products.h"
 
 namespace MIXTURA_ISA {
 
 using i64 = int64_t;
 constexpr i64 UNITS = MIXTURA_UNITS;
 constexpr i64 BLOCK = 256 << 10;  // bytes of tokens that stay in the second-level cache
+constexpr i64 AHEAD = 2048;       // bytes of a row of weights that are asked for ahead of their use
 constexpr i64 WIDE = 2048;        // bytes of a token; of wider ones only a few fit into the first-level cache
 
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
@@ -42,7 +43,7 @@ template <> struct Tile<bf16> {
 };
 #endif
 
-// c[m][n] = sum over k of a[m][k] b[n][k]. FAR: rows come from memory, so that the next ones are asked for in time.
+// c[m][n] = sum over k of a[m][k] b[n][k]. FAR: rows come from memory, and are asked for in time.
 template <class T, int M, bool FAR = false, int N>
 void dot_tile(const T *const *b, const T *const *a, i64 K, float (*c)[N]) {
   V sum[4 * M] = {};
@@ -50,7 +51,7 @@ void dot_tile(const T *const *b, const T *const *a, i64 K, float (*c)[N]) {
   for (; k + Pack<T>::STEP <= K; k += Pack<T>::STEP) {
     Pack<T> b0(b[0] + k), b1(b[1] + k), b2(b[2] + k), b3(b[3] + k);
     if (FAR)
-      for (int n = 0; n < 4; n++) __builtin_prefetch((const char *)(b[n] + 8 * K + k), 0, 2);
+      for (int n = 0; n < 4; n++) __builtin_prefetch((const char *)(b[n] + k) + AHEAD, 0, 2);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       Pack<T> x(a[m] + k);
@@ -74,26 +75,6 @@ void dot_tile(const T *const *b, const T *const *a, i64 K, float (*c)[N]) {
       for (int n = 0; n < 4; n++) c[m][n] += load1(a[m] + k) * load1(b[n] + k);
 }
 
-// The same for few tokens, one row of weights after the other: what memory delivers is the limit, and one stream is the
-// fastest. Sums are taken in the order of dot_tile, so that a token comes out the same to the bit whatever is computed
-// beside it.
-template <class T, int M, int N> void dot_rows(const T *const *b, const T *const *a, i64 K, float (*c)[N]) {
-  for (int n = 0; n < 4; n++) {
-    V sum[M] = {};
-    i64 k = 0;
-#pragma GCC unroll 4
-    for (; k + Pack<T>::STEP <= K; k += Pack<T>::STEP) {
-      __builtin_prefetch((const char *)(b[n] + k) + 1024, 0, 2);
-      Pack<T> row(b[n] + k);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; m++) sum[m] = Pack<T>::mac(sum[m], Pack<T>(a[m] + k), row);
-    }
-    for (int m = 0; m < M; m++) c[m][n] = sums<1>(sum + m)[0];
-    for (; k < K; k++)
-      for (int m = 0; m < M; m++) c[m][n] += load1(a[m] + k) * load1(b[n] + k);
-  }
-}
-
 template <class T, bool FAR, int N> void dots(const T *const *b, const T *const *a, i64 M, i64 K, float (*c)[N]) {
   constexpr int FULL = Tile<T>::M;
   if (M > FULL) {
@@ -101,9 +82,9 @@ template <class T, bool FAR, int N> void dots(const T *const *b, const T *const 
     return dots<T, false>(b, a + M - M / 2, M / 2, K, c + M - M / 2);
   }
   switch (M) {
-    case 1: return dot_rows<T, 1>(b, a, K, c);
-    case 2: return dot_rows<T, 2>(b, a, K, c);
-    case 3: return dot_rows<T, (FULL < 3 ? FULL : 3)>(b, a, K, c);
+    case 1: return dot_tile<T, 1, FAR>(b, a, K, c);
+    case 2: return dot_tile<T, 2, FAR>(b, a, K, c);
+    case 3: return dot_tile<T, (FULL < 3 ? FULL : 3), FAR>(b, a, K, c);
     case 4: return dot_tile<T, (FULL < 4 ? FULL : 4), FAR>(b, a, K, c);
     case 5: return dot_tile<T, (FULL < 5 ? FULL : 5), FAR>(b, a, K, c);
     default: return dot_tile<T, FULL, FAR>(b, a, K, c);
@@ -130,7 +111,7 @@ template <class T, int M, int NV> void spread_tile(const T *b, i64 stride, const
 template <class T> struct Projection {
   const T *weight, *bias;
   i64 N, K;
-  bool transposed, far = false;  // far: rows are read once, from memory
+  bool transposed, far = false;  // far: rows come from memory
 
   // c[m][i] = bias[n + i] + sum over k of a[m][k] weight[n + i][k], for i < count <= 2W
   void operator()(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
@@ -144,6 +125,7 @@ template <class T> struct Projection {
   }
 
   void rows(i64 n, i64 count, const T *const *a, i64 M, float (*c)[2 * W]) const {
+    if (far && count == 2 * W) return streams(n, a, M, c);
     for (i64 i = 0; i < count; i += 4) {
       const T *b[4];
       for (i64 j = 0; j < 4; j++) b[j] = weight + (n + least(i + j, count - 1)) * K;  // beyond the end: the last again
@@ -151,6 +133,18 @@ template <class T> struct Projection {
         dots<T, true>(b, a, M, K, (float(*)[2 * W])(c[0] + i));
       else
         dots<T, false>(b, a, M, K, (float(*)[2 * W])(c[0] + i));
+    }
+  }
+
+  // All 2W rows, the four of a tile W / 2 apart: memory is read as four streams.
+  void streams(i64 n, const T *const *a, i64 M, float (*c)[2 * W]) const {
+    for (i64 i = 0; i < W / 2; i++) {
+      const T *b[4];
+      float part[Tile<T>::TALL][4];
+      for (i64 j = 0; j < 4; j++) b[j] = weight + (n + j * (W / 2) + i) * K;
+      dots<T, true>(b, a, M, K, part);
+      for (i64 m = 0; m < M; m++)
+        for (i64 j = 0; j < 4; j++) c[m][j * (W / 2) + i] = part[m][j];
     }
   }
 
@@ -205,6 +199,8 @@ template <class T> struct Call {
     return {(const T *)e.first + x * C * D, bias, C, D, e.transposed != 0};
   }
 
+  T *inner(i64 s) const { return (T *)((float *)plan.inner + s * words<T>(F)); }
+
   Projection<T> down(i64 x) const {
     const T *bias = e.down_bias ? (const T *)e.down_bias + x * D : nullptr;
     return {(const T *)e.down + x * D * F, bias, D, F, e.transposed != 0};
@@ -217,12 +213,12 @@ template <class T> struct Call {
   void first_phase(i64 x, i64 from, i64 to) const {
     Projection<T> project = first(x);
     const i64 begin = plan.first[x], end = plan.first[x + 1], longest = tall(D);
-    project.far = end - begin <= longest;
     split(begin, end, most(longest, BLOCK / (D * (i64)sizeof(T))), [&](i64 b, i64 block) {
       for (i64 f = from; f < to; f += 2 * W)
         split(b, b + block, longest, [&](i64 m, i64 M) {
           const T *a[TILE];
           for (i64 i = 0; i < M; i++) a[i] = (const T *)plan.hidden + plan.order[m + i] / plan.K * D;
+          project.far = m == b;
           units(project, a, M, m, f, least(2 * W, to - f));
         });
     });
@@ -251,7 +247,7 @@ template <class T> struct Call {
     for (i64 m = 0; m < M; m++) {
       for (i64 i = 0; i < n; i += W) {
         V x = e.gated ? combine(e, load(gate[m] + i), load(up[m] + i)) : activate(e.activation, load(gate[m] + i));
-        store_some((T *)plan.inner + (s + m) * F + f + i, x, n - i);
+        store_some(inner(s + m) + f + i, x, n - i);
       }
       if (plan.kept) put(gate[m], up[m], f, n, (T *)plan.kept + (s + m) * C);
     }
@@ -270,19 +266,24 @@ template <class T> struct Call {
 
   // Output columns from .. to of all tokens.
   void second_phase(i64 from, i64 to, float *sum) const {
-    const i64 longest = tall(F);
     std::memset(sum, 0, plan.T * MIXTURA_COLUMNS * sizeof(float));
-    for (i64 i = 0; i < plan.num_active; i++) {
-      const i64 x = plan.active[i];
-      Projection<T> project = down(x);
-      project.far = plan.first[x + 1] - plan.first[x] <= longest;
-      for (i64 d = from; d < to; d += 2 * W)
-        split(plan.first[x], plan.first[x + 1], longest, [&](i64 m, i64 M) {
-          const T *a[TILE];
-          for (i64 j = 0; j < M; j++) a[j] = (const T *)plan.inner + (m + j) * F;
-          weigh(project, a, M, m, d, least(2 * W, to - d), sum + d - from);
-        });
-    }
+    for (i64 i = 0; i < plan.num_active; i++) add_expert(plan.active[i], from, to, sum);
+    put_sums(from, to, sum);
+  }
+
+  void add_expert(i64 x, i64 from, i64 to, float *sum) const {
+    const i64 longest = tall(F);
+    Projection<T> project = down(x);
+    for (i64 d = from; d < to; d += 2 * W)
+      split(plan.first[x], plan.first[x + 1], longest, [&](i64 m, i64 M) {
+        const T *a[TILE];
+        for (i64 j = 0; j < M; j++) a[j] = inner(m + j);
+        project.far = m == plan.first[x];
+        weigh(project, a, M, m, d, least(2 * W, to - d), sum + d - from);
+      });
+  }
+
+  void put_sums(i64 from, i64 to, const float *sum) const {
     for (i64 t = 0; t < plan.T; t++)
       for (i64 d = from; d < to; d += W)
         store_some((T *)plan.out + t * D + d, load(sum + t * MIXTURA_COLUMNS + d - from), least(W, to - d));
@@ -300,25 +301,6 @@ template <class T> struct Call {
     }
   }
 
-  void operator()() const {
-    const i64 parts = (F + UNITS - 1) / UNITS, columns = (D + MIXTURA_COLUMNS - 1) / MIXTURA_COLUMNS;
-    i64 next = 0, column = 0;
-#pragma omp parallel num_threads(plan.threads)
-    {
-      for (i64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < parts * plan.num_active;)
-        first_phase(plan.active[i / parts], i % parts * UNITS, least(F, (i % parts + 1) * UNITS));
-#pragma omp barrier
-      float *sum = plan.sums + omp_get_thread_num() * plan.T * MIXTURA_COLUMNS;
-      for (i64 i; (i = __atomic_fetch_add(&column, 1, __ATOMIC_RELAXED)) < columns;)
-        second_phase(i * MIXTURA_COLUMNS, least(D, (i + 1) * MIXTURA_COLUMNS), sum);
-    }
-  }
+  static i64 next(i64 &counter) { return __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED); }
 };
-
-inline void forward(const mixtura_plan *plan) {
-  if (plan->experts.dtype == MIXTURA_FLOAT32)
-    Call<float>{*plan}();
-  else
-    Call<bf16>{*plan}();
-}
 }  // namespace MIXTURA_ISA

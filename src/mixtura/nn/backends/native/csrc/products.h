@@ -10,6 +10,7 @@ namespace MIXTURA_ISA {
 
 constexpr int HEIGHT = MIXTURA_TILE_PACKED;  // rows of a tile
 constexpr int PANEL_WIDTH = 2 * W;           // its columns
+constexpr int LINE = 64;                     // bytes of a line of the caches
 
 template <class T> struct Words {
   static constexpr int PER = 1;  // entries of a word
@@ -50,22 +51,43 @@ template <class T> inline const T *padded(T *whole, const T *p, int64_t count, i
   return whole;
 }
 
-// out[k][i] for terms k < K of a sum and rows i < width, from row(i) with terms side by side; rows from n on are zeros.
+// The first `count` of W steps, of `rows` words each. Of narrow steps whole vectors are written where the next steps, which
+// overwrite the rest, are long enough.
+MIXTURA_INLINE void put_words(const V *v, int64_t rows, int64_t count, int64_t width, float *out) {
+  if (rows == W && count >= W) {
+#pragma GCC unroll 16
+    for (int j = 0; j < W; j++) store(out + j * width, v[j]);
+    return;
+  }
+  const int64_t last = (count < W ? count : W) - 1;
+  for (int64_t j = 0; j <= last; j++)
+    if (rows == W || (width <= W && (last - j) * width + rows >= W))
+      store(out + j * width, v[j]);
+    else
+      std::memcpy(out + j * width, v + j, sizeof(float) * rows);
+}
+
+// out[k][i] for terms k < K of a sum and rows i < width, from row(i) with terms side by side; from n on the last one again.
 template <class T, class Row> void pack_along(Row row, int64_t n, int64_t width, int64_t K, float *out) {
   constexpr int64_t PER = Words<T>::PER;
   const int64_t steps = words<T>(K);
-  for (int64_t k = 0; k < steps; k += W)
-    for (int64_t i = 0; i < width; i += W) {
-      V v[W] = {};
-      const int64_t rows = width - i < W ? width - i : W, count = steps - k < W ? steps - k : W;
-      for (int64_t j = 0; j < rows && i + j < n; j++) {
+  for (int64_t i = 0; i < width; i += W) {
+    const T *p[W];
+    for (int64_t j = 0; j < W; j++) p[j] = row(i + j < n ? i + j : n - 1);
+    const int64_t rows = width - i < W ? width - i : W;
+    for (int64_t k = 0; k < steps; k += W) {
+      V v[W];
+      if (K - k * PER >= W * PER) {
+#pragma GCC unroll 16
+        for (int j = 0; j < W; j++) v[j] = Words<T>::along(p[j] + k * PER);
+      } else {
         T whole[W * PER];
-        const T *p = row(i + j) + k * PER;
-        v[j] = Words<T>::along(K - k * PER >= W * PER ? p : padded(whole, p, K - k * PER, W * PER));
+        for (int j = 0; j < W; j++) v[j] = Words<T>::along(padded(whole, p[j] + k * PER, K - k * PER, W * PER));
       }
       transpose(v);
-      for (int64_t j = 0; j < count; j++) std::memcpy(out + (k + j) * width + i, v + j, sizeof(float) * rows);
+      put_words(v, rows, steps - k, width, out + k * width + i);
     }
+  }
 }
 
 // The same from row(k) with columns side by side, of which `readable` are there.
@@ -87,11 +109,18 @@ template <class T, class Row> void pack_across(Row row, int64_t width, int64_t r
   }
 }
 
-// c[m][0 .. 2W) = sum over steps of a[step][m] b[step][0 .. 2W)
-template <class T, int M> void product_tile(const float *a, const float *b, int64_t steps, float (*c)[PANEL_WIDTH]) {
+// Lanes 0, 2, 4 .. of x and then of y, or 1, 3, 5 ..
+template <int ODD, std::size_t... I> MIXTURA_INLINE V every_other(V x, V y, std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, y, (2 * I + ODD)...);
+}
+
+// c[m][0 .. 2W) = sum over steps of a[step][m] b[step][0 .. 2W). Meanwhile a line for each step is asked for from `ahead` on.
+template <class T, int M>
+void product_tile(const float *a, const float *b, int64_t steps, float (*c)[PANEL_WIDTH], const char *ahead) {
   V sum[2 * M] = {};
   for (int64_t k = 0; k < steps; k++) {
     const V b0 = load(b + k * PANEL_WIDTH), b1 = load(b + k * PANEL_WIDTH + W);
+    __builtin_prefetch(ahead + k * LINE, 0, 2);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
       const V x = repeat(a + k * M + m);
@@ -104,9 +133,10 @@ template <class T, int M> void product_tile(const float *a, const float *b, int6
 }
 
 template <class T, int M = HEIGHT>
-inline void product(int64_t rows, const float *a, const float *b, int64_t steps, float (*c)[PANEL_WIDTH]) {
+inline void product(int64_t rows, const float *a, const float *b, int64_t steps, float (*c)[PANEL_WIDTH],
+                    const void *ahead = nullptr) {
   if constexpr (M > 1)
-    if (rows < M) return product<T, M - 1>(rows, a, b, steps, c);
-  product_tile<T, M>(a, b, steps, c);
+    if (rows < M) return product<T, M - 1>(rows, a, b, steps, c, ahead);
+  product_tile<T, M>(a, b, steps, c, (const char *)(ahead ? ahead : a));
 }
 }  // namespace MIXTURA_ISA
