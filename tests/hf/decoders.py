@@ -144,7 +144,7 @@ def decoded(model, ids, mask, cache=None):
 
 def report(model):
     """What became of decode steps."""
-    return {name: value for name, value in acceleration(model).items() if name != "operations"}
+    return {name: value for name, value in acceleration(model).items() if name not in ("operations", "large_pages")}
 
 
 def left(rows, length, pads):

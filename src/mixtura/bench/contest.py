@@ -43,6 +43,7 @@ class Contest:
             warnings.simplefilter("always", MixturaWarning)
             try:
                 made = accelerate(model, **options)
+                made._mixtura_decoding.pages.wait()
             except NotExpressibleError as error:
                 self.left_out["mixtura"] = str(error)
                 return None

@@ -24,6 +24,7 @@ from mixtura.bench.limits import DTYPES, READ_BYTES, Product, Read
 from mixtura.bench.measuring import Contestant, Here, Watch, interleave
 from mixtura.bench.peers import PeerError, There, Worker, worker
 from mixtura.bench.report import Case
+from mixtura.hf.large_pages import LargePages
 from mixtura.nn.backends import automatic_backend
 from mixtura.nn.experts.quantization import Quantization
 from mixtura.nn.experts.quantized import QuantizedExperts, quantize_experts
@@ -83,6 +84,8 @@ class _Arena:
         self.dtype = dtype = DTYPES.get(type_name, torch.bfloat16)
         self.experts = random_experts(shape, dtype)
         self.few = few_bits_experts(self.experts, self.bits) if self.bits else None
+        for module in filter(None, (self.experts, self.few)):
+            LargePages([*module.parameters(), *module.buffers()]).wait()  # as accelerate does
         self.workers: dict[str, Worker] = {}
         self.left_out: dict[str, str] = {}
         self.versions: dict[str, str] = {}

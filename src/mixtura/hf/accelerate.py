@@ -25,6 +25,7 @@ from mixtura.core.errors import MixturaWarning, NotExpressibleError, OptionError
 from mixtura.hf.decode_plan import DecodePlan
 from mixtura.hf.forward import is_listened_to
 from mixtura.hf.growing_cache import Growing, grow
+from mixtura.hf.large_pages import LargePages
 from mixtura.hf.quantizer import quantize_model
 from mixtura.hf.unchanged import Unchanged
 from mixtura.nn.backends.native.few_tokens import FEW, FewTokens
@@ -49,8 +50,8 @@ _FAR = 8192  # positions before the last of them, unless the model ends earlier:
 def accelerate(model: Any, *, bits: int | None = None, **options: Any) -> Any:
     """Make generation fast on the CPU, in place; without ``bits`` what is computed stays the same up to rounding.
 
-    Nothing is packed or copied: weights can be saved, trained, merged and changed as before. ``undo`` takes it back,
-    but for bits that were taken away.
+    Nothing is packed: weights can be saved, trained, merged and changed as before. Linux gathers them into large pages
+    meanwhile, see ``LargePages``. ``undo`` takes it back, but for bits that were taken away.
 
     Args:
         model: causal language model of transformers or of the family, dense or with mixtures, on the CPU in float32 or
@@ -91,6 +92,7 @@ def accelerate(model: Any, *, bits: int | None = None, **options: Any) -> Any:
     model.__class__ = _accelerated(type(model))
     if reason := model._mixtura_decoding.prove(model):
         warnings.warn(f"decode steps go through the modules: {reason}", MixturaWarning, stacklevel=2)
+    model._mixtura_decoding.pages = LargePages([*model.parameters(), *model.buffers()])
     return model
 
 
@@ -108,19 +110,21 @@ def acceleration(model: Any) -> dict[str, Any]:
     Returns:
         ``planned``: steps that ran as a plan; ``refusal``: why none can, or ""; ``through_modules``: the other steps by
         the reason why they did not; ``operations``: linear layers and attentions, of few tokens each, that the library
-        computed for the modules.
+        computed for the modules; ``large_pages``: bytes of weights that lie in such by now, of how many, and why none
+        could be had, or ""; empty for a copy of a model.
 
     Raises:
         OptionError: if the model was not accelerated.
     """
     if not isinstance(model, _Accelerated):
         raise OptionError(f"{type(model).__name__} was not accelerated")
-    decoding = model._mixtura_decoding
+    decoding, pages = model._mixtura_decoding, model._mixtura_decoding.pages
     return {
         "planned": decoding.planned,
         "refusal": decoding.refusal,
         "through_modules": dict(decoding.through_modules),
         "operations": decoding.operations,
+        "large_pages": pages.told() if pages else {},
     }
 
 
@@ -147,6 +151,7 @@ class _Decoding:
         self.refusal, self._output = refusal, output
         self.planned = self.operations = 0
         self.through_modules: collections.Counter[str] = collections.Counter()
+        self.pages: LargePages | None = None
         self._plan: DecodePlan | None = None
         self._unchanged: Unchanged | None = None
 
