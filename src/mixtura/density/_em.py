@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
@@ -166,7 +167,7 @@ def in_threads(work: Callable[..., Any], given: Iterator[tuple[Any, ...]], n_job
 
     The linear algebra of a chunk is too small to be split further, and keeps to one thread.
     """
-    with _blas().limit(limits=1, user_api="blas"):
+    with nullcontext() if _blas_threads() == 1 else _blas().limit(limits=1, user_api="blas"):
         if n_jobs == 1:
             yield from (work(*one) for one in given)
             return
@@ -182,7 +183,11 @@ def threads(n_jobs: int | None) -> int:
     """Threads to use: as joblib reads ``n_jobs``, or as many as linear algebra would."""
     if n_jobs is not None:
         return effective_n_jobs(n_jobs)
-    return max((one["num_threads"] for one in _blas().info() if one["user_api"] == "blas"), default=1)
+    return _blas_threads()
+
+
+def _blas_threads() -> int:
+    return max((one.num_threads for one in _blas().lib_controllers if one.user_api == "blas"), default=1)
 
 
 @cache
