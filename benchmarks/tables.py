@@ -11,7 +11,7 @@ from typing import Any
 import plots
 
 from mixtura.bench.decode import STOCK
-from mixtura.bench.layer import SHAPES, TOKENS
+from mixtura.bench.layer import ROUNDED, SHAPES, TOKENS
 from mixtura.bench.measuring import QUIET
 from mixtura.bench.memory import FEW_BITS
 from mixtura.bench.report import OURS, SMALLER, markdown
@@ -28,11 +28,12 @@ TITLES = {
     "memory": "Memory, and the first token",
     "limits": "Limits",
 }
-BESIDE = {"train": [TWIN], "memory": list(FEW_BITS)}
+BESIDE = {"layer": [ROUNDED], "train": [TWIN], "memory": list(FEW_BITS)}
 WORDS = {
     "layer": "Milliseconds. A: 8 experts of 512 x 1024, 2 a token; B: 64 of 1024 x 512, 8 a token; C: 64 of "
     "2048 x 1024, 8 a token (OLMoE's own). The limit is that of the same rounds: a product of matrices, or reading the "
-    "weights of the experts that were chosen, whichever takes longer; what lies in the cache is read faster than that.",
+    "weights of the experts that were chosen, whichever takes longer; what lies in the cache is read faster than that. "
+    "With 8 bits, peers round tokens to 8 bits, too; ours keeps 16 unless told otherwise, which is measured beside it.",
     "decode": "Tokens a second of all sequences, after L positions of each of B sequences. The 1.3 B mixture has the "
     "shape of a Qwen3-MoE (12 layers, 64 experts, 8 a token, 0.22 B active), the dense one that of Llama 3.2 1B; "
     "weights and tokens are random. The limit is reading weights and cache once.",

@@ -93,6 +93,7 @@ def test_layers(watch, tmp_path, monkeypatch):
         few = "int" in case.name
         assert list(case.outcome.timings) == [
             "mixtura",
+            *(["mixtura, tokens of 8 bits"] if "int8" in case.name else []),
             *(["transformers grouped_mm, bf16"] if few else stock),
             "right",
             "gemm",

@@ -36,6 +36,7 @@ _FEW_BITS = {"int8": 8, "int4": 4}
 _MOST = {"int8": 64, "int4": 64}  # tokens
 _LARGEST_ERROR = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.05, "int4": 0.2}
 STOCK = "transformers grouped_mm, bf16"  # beside few bits
+ROUNDED = "mixtura, tokens of 8 bits"  # as the peers compute; ours keeps 16 by itself
 
 
 def layer(
@@ -84,7 +85,8 @@ class _Arena:
         self.dtype = dtype = DTYPES.get(type_name, torch.bfloat16)
         self.experts = random_experts(shape, dtype)
         self.few = few_bits_experts(self.experts, self.bits) if self.bits else None
-        for module in filter(None, (self.experts, self.few)):
+        self.rounded = few_bits_experts(self.experts, 8, activation_bits=8) if self.bits == 8 else None
+        for module in filter(None, (self.experts, self.few, self.rounded)):
             LargePages([*module.parameters(), *module.buffers()]).wait()  # as accelerate does
         self.workers: dict[str, Worker] = {}
         self.left_out: dict[str, str] = {}
@@ -150,8 +152,11 @@ class _Arena:
 
     def _here(self, left_out: dict[str, str], *inputs: torch.Tensor) -> list[Here]:
         if self.few is not None:
-            few, stock = self.few, functools.partial(self.experts_forward, "grouped_mm")
-            return [Here("mixtura", lambda: few(*inputs)), Here(STOCK, lambda: stock(*inputs))]
+            few, rounded, stock = self.few, self.rounded, functools.partial(self.experts_forward, "grouped_mm")
+            ours = [Here("mixtura", lambda: few(*inputs))]
+            if rounded is not None:
+                ours.append(Here(ROUNDED, lambda: rounded(*inputs)))
+            return [*ours, Here(STOCK, lambda: stock(*inputs))]
         D, F, _, K = self.shape
         copied = len(inputs[0]) * K * 3 * D * F * self.dtype.itemsize
         stock = ["eager", "grouped_mm"]
@@ -200,10 +205,10 @@ def random_experts(shape: tuple[int, int, int, int], dtype: torch.dtype) -> nn.M
     return made.requires_grad_(False)
 
 
-def few_bits_experts(experts: nn.Module, bits: int) -> QuantizedExperts:
-    """A quantized copy."""
+def few_bits_experts(experts: nn.Module, bits: int, **options: Any) -> QuantizedExperts:
+    """A quantized copy; options of ``Quantization``."""
     made: Any = copy.deepcopy(experts)
-    quantize_experts(made, Quantization(bits=bits))
+    quantize_experts(made, Quantization(bits=bits, **options))
     return made  # type: ignore[no-any-return]
 
 

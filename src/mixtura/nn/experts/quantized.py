@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixtura.core.errors import NotExpressibleError
 from mixtura.nn.backends.naive import one_expert
-from mixtura.nn.backends.native.quantized import quantized_native_backend, why_not_quantized
+from mixtura.nn.backends.native.quantized import compute_quantized, why_not_quantized
 from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, dequantize, join_codes, quantize
 
 
@@ -39,7 +39,7 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Seam 2: sum over the slots of weight times expert; slots of index E are skipped."""
-        backend = dequantizing_backend if why_not_quantized(self, hidden_TD, weights_TK) else quantized_native_backend
+        backend = dequantizing_backend if why_not_quantized(self, hidden_TD, weights_TK) else compute_quantized
         return backend(self, hidden_TD, indices_TK, weights_TK)
 
     def codes(self, name: str) -> Codes:

@@ -44,13 +44,20 @@ def quantized_native_backend(
         NotExpressibleError: if the library cannot, with the reason; see ``why_not_quantized``.
         ShapeError: if an index is negative, or tokens, indices and weights disagree.
     """
+    if reason := why_not_quantized(experts, hidden_TD, weights_TK):
+        raise NotExpressibleError(f"native quantized experts: {reason}")
+    return compute_quantized(experts, hidden_TD, indices_TK, weights_TK)
+
+
+def compute_quantized(
+    experts: Any, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """The same of experts that the library does not refuse."""
     if not len(hidden_TD) == len(indices_TK) or indices_TK.shape != weights_TK.shape or indices_TK.ndim != 2:
         raise ShapeError(
             f"hidden_TD {tuple(hidden_TD.shape)}, indices_TK {tuple(indices_TK.shape)} and weights_TK "
             f"{tuple(weights_TK.shape)} must be (T, D), (T, K), (T, K)"
         )
-    if reason := why_not_quantized(experts, hidden_TD, weights_TK):
-        raise NotExpressibleError(f"native quantized experts: {reason}")
     lib = library()
     assert lib is not None
     struct, (T, K), threads = quantized_struct(experts, hidden_TD.dtype), indices_TK.shape, torch.get_num_threads()
@@ -99,7 +106,7 @@ def quantized_struct(experts: Any, dtype: torch.dtype) -> QuantizedStruct:
     how, (first_bias, down_bias) = experts.quantization, (_pointer(t) for t in _biases(experts))
     E, D, F = len(experts.down_proj), experts.inputs[_first(experts)], experts.inputs["down_proj"]
     form = (_DTYPES[dtype], experts_activation(experts), experts.has_gate, False, not experts.is_concatenated)
-    alpha, limit = (float(getattr(experts, name, 0.0) or 0.0) for name in ("alpha", "limit"))
+    alpha, limit = (float(experts.__dict__.get(name) or 0.0) for name in ("alpha", "limit"))
     return QuantizedStruct(
         ExpertsStruct(E, D, F, None, first_bias, None, down_bias, *form, alpha, limit),
         *(CodesStruct(*map(_pointer, experts.codes(name))) for name in (_first(experts), "down_proj")),
