@@ -114,7 +114,7 @@ def test_compiled_under_autocast():
         torch.testing.assert_close(compiled(hidden_TD), model(hidden_TD), rtol=1e-2, atol=1e-2)  # by torch
 
 
-def test_weights_that_autocast_would_bring_to_another_type_are_left_to_torch():
+def test_weights_that_autocast_casts_for_a_few_tokens_are_left_to_torch():
     experts, (hidden_TD, indices_TK, weights_TK) = Experts(3, 8, 6).requires_grad_(False), tensors()[:3]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out_TD, native_TD, sorted_TD = (
