@@ -1,9 +1,9 @@
 """``accelerate``: experts on the library's kernels, a cache that grows in place, and decode steps run as a plan.
 
 A decode step, one token a sequence, goes past the modules if a ``DecodePlan`` can be recorded from them and was
-measured to compute what they do. Whatever the plan does not know, and drafts of a few tokens, goes through the modules,
-whose linear layers and attention the library computes one by one (``FewTokens``). Prompts and training go through the
-modules as ever. ``acceleration`` counts how often, and why.
+measured to compute what they do. Whatever the plan does not know, and more tokens than one, goes through the modules.
+Where linear layers and attention have few tokens there, as the head after a prompt, the library computes them one by one
+(``FewTokens``). Training goes through the modules as ever. ``acceleration`` counts how often, and why.
 
 B rows (sequences), L positions in the cache, V vocabulary.
 """
@@ -28,7 +28,7 @@ from mixtura.hf.growing_cache import Growing, grow
 from mixtura.hf.large_pages import LargePages
 from mixtura.hf.quantizer import quantize_model
 from mixtura.hf.unchanged import Unchanged
-from mixtura.nn.backends.native.few_tokens import FEW, FewTokens
+from mixtura.nn.backends.native.few_tokens import FewTokens
 from mixtura.nn.backends.native.library import library, why_no_library
 from mixtura.nn.backends.native.tape import MAX_ROWS
 
@@ -167,9 +167,7 @@ class _Decoding:
             return modules(**given)
         given = self._with_growing_cache(model, given)
         tokens = given.get("input_ids")
-        if tokens is None or given.get("past_key_values") is None or tokens.shape[1] > FEW:
-            return modules(**given)
-        if tokens.shape[1] > 1:
+        if tokens is None or given.get("past_key_values") is None or tokens.shape[1] > 1:
             return self._by_operation(modules, given)
         step = self.refusal or self._step(model, given)
         if isinstance(step, str):
