@@ -46,27 +46,29 @@ def _names(
     cast = tensors[0].dtype != dtype
     if is_watched():
         return _of_traced(device, dtype, training, cast)  # type: ignore[no-any-return]
-    level = bisect.bisect(_BOUNDARIES, indices_TK.numel() / len(tensors[0])) if _BOUNDARIES else 0
+    level = bisect.bisect(_BOUNDARIES, indices_TK.numel() / tensors[0].size(0))
     return _of_call(device, dtype, training, cast, _instructions(), level)
 
 
 def _learns(tensors: Tensors) -> bool:
-    first, down, *biases = tensors
-    return first.requires_grad or down.requires_grad or any(t is not None and t.requires_grad for t in biases)
+    first, down, first_bias, down_bias = tensors
+    if first.requires_grad or down.requires_grad or first_bias is None or down_bias is None:
+        return first.requires_grad or down.requires_grad
+    return first_bias.requires_grad or down_bias.requires_grad
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _of_traced(device: str, dtype: torch.dtype, training: bool, cast: bool) -> tuple[str, ...]:
-    call = rules.Call(device, dtype, training, True, cast, _instructions())
+    call = rules.Call(device, dtype, training, True, cast, _instructions().decode())
     return tuple(rule.takes for rule in rules.fitting(call))
 
 
 @functools.cache
-def _of_call(device: str, dtype: torch.dtype, training: bool, cast: bool, isa: str, level: int) -> tuple[str, ...]:
-    slots = (0.0, *_BOUNDARIES)[level]
-    return tuple(rule.takes for rule in rules.fitting(rules.Call(device, dtype, training, False, cast, isa, slots)))
+def _of_call(device: str, dtype: torch.dtype, training: bool, cast: bool, isa: bytes, level: int) -> tuple[str, ...]:
+    call = rules.Call(device, dtype, training, False, cast, isa.decode(), (0.0, *_BOUNDARIES)[level])
+    return tuple(rule.takes for rule in rules.fitting(call))
 
 
-def _instructions() -> str:
+def _instructions() -> bytes:
     lib = library()
-    return "" if lib is None else str(lib.mixtura_isa().decode())
+    return b"" if lib is None else lib.mixtura_isa()

@@ -16,6 +16,7 @@ from mixtura.nn.backends.native.experts import is_transformed
 from mixtura.nn.backends.sorted import in_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (8, 0)  # capability of a CUDA device
 _LINE = 16  # bytes, of which rows must be a multiple
 _product: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -38,6 +39,8 @@ def why_not_grouped(experts: Any, hidden_TD: torch.Tensor) -> str:
     first, down = _weight(experts, _first(experts)), _weight(experts, "down_proj")
     if {first.dtype, down.dtype, hidden_TD.dtype} not in ({dtype} for dtype in DTYPES):
         return "tokens and weights must be float32, bfloat16 or float16 alike"
+    if hidden_TD.is_cuda and torch.cuda.get_device_capability(hidden_TD.device) < _OLDEST:
+        return "it needs a GPU of capability 8.0 or newer"
     if torch.is_autocast_enabled(hidden_TD.device.type):
         return "it knows no autocast"
     tensors = (hidden_TD, first, down)
