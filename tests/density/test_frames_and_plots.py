@@ -55,6 +55,16 @@ def test_a_search_takes_frames_and_its_best_knows_their_columns(kind):
     assert type(ours.transform(FRAMES[kind])) is type(FRAMES[kind])
 
 
+@pytest.mark.parametrize("kind", FRAMES)
+def test_a_column_of_text_is_named(kind):
+    text = {
+        "pandas": FRAMES["pandas"].assign(color="red"),
+        "polars": FRAMES["polars"].with_columns(color=polars.lit("red")),
+    }
+    with pytest.raises(OptionError, match="column 'color' of X must hold numbers: could not convert"):
+        GaussianMixture(3).fit(text[kind])
+
+
 def test_labels_and_weights_may_be_series():
     frame = FRAMES["polars"].with_columns(kind=polars.Series(WHICH), weight=polars.Series(np.arange(200) % 3 + 1))
     ours = GaussianMixture(3, max_iter=3, tol=0.1).fit(frame[NAMES], frame["kind"], sample_weight=frame["weight"])

@@ -84,7 +84,8 @@ def _write_components(path: Path, found_N: Iterable[int], sure_N: Iterable[float
 
 
 def _lines(out: Path, told: dict) -> str:
-    parts = [f"{out}: {told['covariance']} with {told['n_components']} components"]
+    K = told["n_components"]
+    parts = [f"{out}: {told['covariance']} with {K} component{'s' * (K > 1)}"]
     parts += [f"  {k}  {one['weight']:.1%}  {one['words']}" for k, one in enumerate(told["components"], 1)]
     return "\n".join([*parts, *(f"careful: {one}" for one in told["cautions"])])
 

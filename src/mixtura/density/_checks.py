@@ -27,15 +27,30 @@ def check_table(estimator: Any, X: Any, *, reset: bool) -> Floats:
     """A table of float32 or float64, in which NaN stands for a missing value.
 
     Raises:
-        ValueError: if it is not a finite table (scikit-learn's own words), or OptionError if squares would overflow.
+        ValueError: if it is not a finite table (scikit-learn's own words), or OptionError if squares would overflow or
+            a column of a frame holds no numbers.
     """
-    X = validate_data(
-        estimator, as_numpy(X), dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", reset=reset
-    )
+    given = as_numpy(X)
+    try:
+        X = validate_data(estimator, given, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", reset=reset)
+    except ValueError as error:
+        if "could not convert" not in str(error) or not hasattr(given, "columns"):
+            raise
+        raise OptionError(f"column {_without_numbers(given)!r} of X must hold numbers: {error}") from error
     largest = max(float(np.fmax.reduce(X, axis=None)), -float(np.fmin.reduce(X, axis=None)))
     if largest > LARGEST:
         raise OptionError(f"X must lie within +-{LARGEST:.0e}, got {largest:.3g}: rescale the columns")
     return X
+
+
+def _without_numbers(frame: Any) -> Any:
+    """Name of the first column of a frame that cannot be read as numbers."""
+    for name in frame.columns:
+        try:
+            np.asarray(frame[name], dtype=float)
+        except (TypeError, ValueError):
+            return name
+    return None
 
 
 def check_rows(

@@ -80,7 +80,7 @@ def components_of(mixture: Any, X: Floats, names: Sequence[str], weights_N: Floa
         own_N = weights_N * (found_N == k)
         certainty = float(own_N @ shares_NK[:, k] / own_N.sum()) if own_N.sum() > 0 else float("nan")
         apart_D = (mixture.means_[k] - center_D) / spread_D
-        words = _apart_words(names, apart_D) if K > 1 else ""
+        words = _apart_words(names, apart_D) if K > 1 else "All rows"
         words = ". ".join(filter(None, [words, _relation_words(names, mixture.covariances_[k])]))
         deviations_D = np.sqrt(variances_KD[k])
         values = (dict(zip(names, map(float, numbers), strict=True)) for numbers in (mixture.means_[k], deviations_D))
