@@ -25,12 +25,10 @@ from sklearn.metrics import silhouette_score
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from sklearn.preprocessing import normalize
 
-from mixtura.data import SOURCES, fetch
-from mixtura.data.fetch import Source
+from mixtura.data import fetch
 from mixtura.density import NIW, SplitMergeMixture
 from mixtura.evidence import Lab, Verdict, evidence
 
-SOURCES["fashion-mnist"] = Source("apt", "dataset-fashion-mnist", ("*t10k*.gz",), "MIT")
 SIZES = range(5, 17)
 
 

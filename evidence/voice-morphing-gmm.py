@@ -19,17 +19,13 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LinearRegression
 
-from mixtura.data import SOURCES, fetch
-from mixtura.data.fetch import Source
+from mixtura.data import fetch
 from mixtura.density import GaussianMixtureRegressor
 from mixtura.evidence import Lab, Verdict, evidence
 
 ORDER = 16
 FIELDS = 3 + ORDER  # time, break, power, coefficients
 FREQUENCIES = np.linspace(0, np.pi, 129)[1:-1]
-LICENSE = "permissive (University of Edinburgh)"
-SOURCES["festvox-kal"] = Source("apt", "festvox-kallpc16k", ("*.group",), LICENSE)
-SOURCES["festvox-ked"] = Source("apt", "festvox-kdlpc16k", ("*.group",), LICENSE)
 
 
 def read_voice(name):

@@ -51,6 +51,7 @@ class Source:
 
 
 _MAN = ("usr/share/man/*.gz",)
+_VOICE = "permissive (University of Edinburgh)"
 SOURCES = {
     "smollm2-135m": Source(
         "pip",
@@ -70,6 +71,9 @@ SOURCES = {
     "man-fr": Source("apt", "manpages-fr", _MAN, "GPL-3.0-or-later"),
     "man-es": Source("apt", "manpages-es", _MAN, "GPL-3.0-or-later"),
     "doc-python": Source("apt", "python3-doc", ("usr/share/doc/python3*/html/_sources/*.txt",), "PSF-2.0"),
+    "festvox-kal": Source("apt", "festvox-kallpc16k", ("*.group",), _VOICE),
+    "festvox-ked": Source("apt", "festvox-kdlpc16k", ("*.group",), _VOICE),
+    "fashion-mnist": Source("apt", "dataset-fashion-mnist", ("*t10k*.gz",), "MIT"),
 }
 
 
