@@ -2,8 +2,8 @@
 
 A decode step, one token a sequence, goes past the modules if a ``DecodePlan`` can be recorded from them and was
 measured to compute what they do. Whatever the plan does not know, and more tokens than one, goes through the modules.
-Where linear layers and attention have few tokens there, as the head after a prompt, the library computes them one by one
-(``FewTokens``). Training goes through the modules as ever. ``acceleration`` counts how often, and why.
+Where linear layers and attention have few tokens there, as the head after a prompt, the library computes them one by
+one (``FewTokens``). Training goes through the modules as ever. ``acceleration`` counts how often, and why.
 
 B rows (sequences), L positions in the cache, V vocabulary.
 """
