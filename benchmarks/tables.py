@@ -42,7 +42,7 @@ WORDS = {
     "AdamW. bf16 is autocast, bf16-weights has weights in bfloat16. The dense twin has the size of what is active.",
     "memory": "From `from_pretrained` to the first token after a prompt of L tokens, in a process of its own, and the "
     "most memory that it had (all of it, libraries and mapped files too; 1.3 B parameters in bfloat16 are 2.7 GB). Few "
-    "bits are loaded from a folder that was saved with them.",
+    "bits are loaded from a folder that was saved with them. Medians of three processes each.",
     "limits": "What torch makes of products of matrices and of one vector, and how fast the library reads 512 MB.",
 }
 # Of cases with few bits: words, and who stands beside.
