@@ -162,8 +162,9 @@ def _decode(told: Mapping[str, Any]) -> str:
             label = f"{row['value']:.3g} tok/s"
             groups.setdefault(row["case"], {})[row["who"]] = (row["of_limit"], label, _is_sure(told, row["case"]))
     groups = {case: groups[case] for case in told["foreign"] if case in groups}
+    reach = max(1.1, *(one[0] for group in groups.values() for one in group.values()))
     return plots.bars(
-        "Decode steps: part of what reading weights and cache once allows (longer is better)", groups, 1.1
+        "Decode steps: part of what reading weights and cache once allows (longer is better)", groups, reach
     )
 
 
