@@ -110,8 +110,12 @@ def density(
         wanted: whether a case of that name is, such as "full/d8/k16/float64".
         rounds: as in ``interleave``.
     """
+    import torch
+    from threadpoolctl import threadpool_limits
+
     versions["scikit-learn"] = importlib.metadata.version("scikit-learn")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(threadpool_limits(torch.get_num_threads()))  # numpy's, too
         there = None
         if "pomegranate" in peers:
             there = stack.enter_context(_pomegranate(peers["pomegranate"], watch, versions))
