@@ -8,6 +8,7 @@ whole fits and memory.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import tempfile
 import warnings
@@ -115,7 +116,8 @@ def density(
 
     versions["scikit-learn"] = importlib.metadata.version("scikit-learn")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(threadpool_limits(torch.get_num_threads()))  # numpy's, too
+        importlib.import_module("mixtura.density")  # with all libraries that have threads
+        stack.enter_context(threadpool_limits(torch.get_num_threads()))
         there = None
         if "pomegranate" in peers:
             there = stack.enter_context(_pomegranate(peers["pomegranate"], watch, versions))
