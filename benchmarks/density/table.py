@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results.json")
-HEAD = (
-    "| family | columns | | 2 components: ms, ours / scikit-learn / pomegranate | times | 16 components: ms | times |"
-)
+PEERS = ("scikit-learn", "pomegranate")
 
 
 def table(told):
@@ -20,18 +18,21 @@ def table(told):
         cases.setdefault((kind, int(d[1:]), dtype), {}).setdefault(k, {})[row["who"]] = row["value"]
     order = ["full", "tied", "diag", "spherical"]
     keys = sorted(cases, key=lambda key: (key[2] == "float32", order.index(key[0]), key[1]))
-    lines = [HEAD, "| --- | --- | --- | --- | --- | --- | --- |"]
+    who = ["mixtura", *(peer for peer in PEERS if any(row["who"] == peer for row in told["rows"]))]
+    head = f"| family | columns | | 2 components: ms, {' / '.join(who)} | times | 16 components: ms | times |"
+    lines = [head, "| --- | --- | --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {' | '.join(map(str, key))} | {_cell(cases[key], 'k2')} | {_cell(cases[key], 'k16')} |" for key in keys
+        f"| {' | '.join(map(str, key))} | {_cell(cases[key], 'k2', who)} | {_cell(cases[key], 'k16', who)} |"
+        for key in keys
     ]
     return "\n".join(lines)
 
 
-def _cell(case, k):
+def _cell(case, k, who):
     found = case.get(k)
     if not found:
         return " | "
-    ours, *others = (found.get(who) for who in ("mixtura", "scikit-learn", "pomegranate"))
+    ours, *others = (found.get(name) for name in who)
     times = " / ".join("-" if other is None else f"{other / ours:.1f}" for other in others)
     return f"{' / '.join('-' if value is None else f'{value:.3g}' for value in (ours, *others))} | {times}"
 
