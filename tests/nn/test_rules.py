@@ -53,14 +53,14 @@ def test_the_last_rule_takes_what_computes_everything():
 def test_what_the_table_takes_computes(slots, training, monkeypatch):
     """For numbers of slots on both sides of every boundary."""
     asked = []
-    for name in ("compute", "grouped_backend", "sorted_backend"):
+    for name in ("compute", "compute_grouped", "sorted_backend"):
         monkeypatch.setattr(automatic, name, lambda *_, name=name: asked.append(name))
     experts = Experts(1000, 4, 4).requires_grad_(training)
     S = min(10**6, math.ceil(1000 * slots))
     automatic.automatic_backend(experts, torch.zeros(S, 4), torch.zeros(S, 1, dtype=torch.long), torch.zeros(S, 1))
     isa = instructions()[0]
     first = fitting(CALL._replace(training=training, slots=S / 1000, instructions=isa))[0]
-    assert asked == [{"native": "compute", "grouped": "grouped_backend", "sorted": "sorted_backend"}[first.takes]]
+    assert asked == [{"native": "compute", "grouped": "compute_grouped", "sorted": "sorted_backend"}[first.takes]]
 
 
 def losses():

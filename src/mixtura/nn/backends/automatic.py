@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mixtura.nn.backends import rules
-from mixtura.nn.backends.grouped import grouped_backend, why_not_grouped
+from mixtura.nn.backends.grouped import compute_grouped, why_not_grouped
 from mixtura.nn.backends.native.experts import compute, dtype_of, form_of, is_watched, refusal, tensors_of
 from mixtura.nn.backends.native.library import library
 from mixtura.nn.backends.native.ops import Tensors
@@ -30,7 +30,7 @@ def automatic_backend(
         if name == "native" and not refusal(experts, form, tensors, hidden_TD):
             return compute(form, tensors, hidden_TD, indices_TK, weights_TK)
         if name == "grouped" and not why_not_grouped(experts, hidden_TD):
-            return grouped_backend(experts, hidden_TD, indices_TK, weights_TK)
+            return compute_grouped(experts, hidden_TD, indices_TK, weights_TK)
         if name == "sorted":
             break
     return sorted_backend(experts, hidden_TD, indices_TK, weights_TK)

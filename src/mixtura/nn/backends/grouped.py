@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixtura.core.errors import NotExpressibleError
-from mixtura.nn.backends.native.experts import is_transformed
+from mixtura.nn.backends.native.experts import is_transformed, tensors_of
 from mixtura.nn.backends.sorted import in_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,12 +31,19 @@ def grouped_backend(
     """
     if reason := why_not_grouped(experts, hidden_TD):
         raise NotExpressibleError(f"grouped experts: {reason}")
+    return compute_grouped(experts, hidden_TD, indices_TK, weights_TK)
+
+
+def compute_grouped(
+    experts: nn.Module, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """The same of experts that it does not refuse."""
     return in_order(_all_experts, experts, hidden_TD, indices_TK, weights_TK)
 
 
 def why_not_grouped(experts: Any, hidden_TD: torch.Tensor) -> str:
     """Why it cannot compute these experts for these tokens; "" if it can."""
-    first, down = _weight(experts, _first(experts)), _weight(experts, "down_proj")
+    first, down, *_ = tensors_of(experts)
     if {first.dtype, down.dtype, hidden_TD.dtype} not in ({dtype} for dtype in DTYPES):
         return "tokens and weights must be float32, bfloat16 or float16 alike"
     if hidden_TD.is_cuda and torch.cuda.get_device_capability(hidden_TD.device) < _OLDEST:
@@ -54,26 +61,19 @@ def why_not_grouped(experts: Any, hidden_TD: torch.Tensor) -> str:
 
 
 def _all_experts(experts: Any, hidden_SD: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    first, down, first_bias, down_bias = tensors_of(experts)
+    if not experts.is_transposed:
+        first, down = first.transpose(1, 2), down.transpose(1, 2)
     counts_E = torch.tensor(counts, device=hidden_SD.device)
-    inner_SC = _projected(experts, _first(experts), hidden_SD, counts_E)
+    inner_SC = _projected(hidden_SD, first, first_bias, counts_E)
     inner_SF = experts._apply_gate(inner_SC) if experts.has_gate else experts.act_fn(inner_SC)
-    out_SD = _projected(experts, "down_proj", inner_SF, counts_E)
+    out_SD = _projected(inner_SF, down, down_bias, counts_E)
     normed_SD: torch.Tensor = experts.post_expert_norm(out_SD) if experts.has_post_expert_norm else out_SD
     return normed_SD
 
 
-def _projected(experts: Any, name: str, x: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-    weight, ends_E = _weight(experts, name), counts_E.cumsum(0, dtype=torch.int32)
-    out: torch.Tensor = _product(x, weight if experts.is_transposed else weight.transpose(1, 2), offs=ends_E)
-    if experts.has_bias:
-        out = out + getattr(experts, f"{name}_bias").repeat_interleave(counts_E, 0, output_size=len(x))
-    return out
-
-
-def _first(experts: Any) -> str:
-    return "gate_up_proj" if experts.has_gate else "up_proj"
-
-
-def _weight(experts: Any, name: str) -> torch.Tensor:
-    weight: torch.Tensor = getattr(experts, name)
-    return weight
+def _projected(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts_E: torch.Tensor
+) -> torch.Tensor:
+    out: torch.Tensor = _product(x, weight, offs=counts_E.cumsum(0, dtype=torch.int32))
+    return out if bias is None else out + bias.repeat_interleave(counts_E, 0, output_size=len(x))
