@@ -48,10 +48,10 @@ def test_a_folder_becomes_a_smaller_one(folder):
 def test_a_tied_head_gets_a_quantized_matrix_of_its_own(tmp_path):
     model = pico("llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "model")
-    result = run(tmp_path / "model", tmp_path / "out", "--head", "--json")
+    result = run(tmp_path / "model", tmp_path / "out", "--option", "head=true", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["options"]["head"] is True
-    assert "--bits 8 --head" in (tmp_path / "out" / "README.md").read_text()
+    assert "--bits 8 --option head=true" in (tmp_path / "out" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     expected = quantize_model(model, bits=8, linears=True, head=True)
     assert isinstance(loaded.lm_head, QuantizedLinear)

@@ -102,12 +102,12 @@ def quantize(
     out: Out,
     bits: Annotated[int, typer.Option(help="8 or 4.")] = 8,
     option: Annotated[
-        list[str], typer.Option(help="NAME=VALUE: group_size, zero_point, scale_dtype, activation_bits, linears.")
+        list[str],
+        typer.Option(
+            help="NAME=VALUE: group_size, zero_point, scale_dtype, activation_bits, linears; head=true gives a head "
+            "that is tied to the embeddings a quantized matrix of its own, too."
+        ),
     ] = [],  # noqa: B006
-    head: Annotated[
-        bool,
-        typer.Option("--head", help="Give a head that is tied to the embeddings a quantized matrix of its own, too."),
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Take bits away from experts and linear layers, with a receipt of what changed.
@@ -122,12 +122,12 @@ def quantize(
     from mixtura.hf.save import save_model
     from mixtura.surgery.quantize import quantize as run
 
-    options = key_values(option) | ({"head": True} if head else {})
+    options = key_values(option)
     MixturaQuantizationConfig(**{"linears": True, **options, "bits": bits})
     check_new_folder(out)
     loaded, tokenizer = load_model(model)
     made, receipt = run(loaded, bits=bits, **options)
-    chosen = "".join(f" --option {pair}" for pair in option) + (" --head" if head else "")
+    chosen = "".join(f" --option {pair}" for pair in option)
     command = f"mixtura quantize {model} {out.name} --bits {bits}{chosen}"
     save_model(made, out, tokenizer=tokenizer, parents=(model,), receipts={"quantize": receipt}, command=command)
     before, after = (receipt["bytes"][name] / 1e6 for name in ("before", "after"))
