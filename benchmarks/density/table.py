@@ -1,4 +1,4 @@
-"""The table of docs/density.md, from results.json beside this file: prints it.
+"""The tables of docs/density.md, from results.json beside this file: prints them.
 
 Usage: python benchmarks/density/table.py
 """
@@ -7,20 +7,21 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results.json")
+FAMILIES = ("full", "tied", "diag", "spherical")
 PEERS = ("scikit-learn", "pomegranate")
 
 
-def table(told):
-    """A row for each covariance, number of columns and type; times faster than scikit-learn and than pomegranate."""
+def table(told, dtype):
+    """A row for each covariance and number of columns; times faster than scikit-learn and than pomegranate."""
     cases = {}
     for row in told["rows"]:
-        kind, d, k, dtype = row["case"].split("/")
-        cases.setdefault((kind, int(d[1:]), dtype), {}).setdefault(k, {})[row["who"]] = row["value"]
-    order = ["full", "tied", "diag", "spherical"]
-    keys = sorted(cases, key=lambda key: (key[2] == "float32", order.index(key[0]), key[1]))
+        kind, d, k, kept = row["case"].split("/")
+        if kept == dtype:
+            cases.setdefault((kind, int(d[1:])), {}).setdefault(k, {})[row["who"]] = row["value"]
+    keys = sorted(cases, key=lambda key: (FAMILIES.index(key[0]), key[1]))
     who = ["mixtura", *(peer for peer in PEERS if any(row["who"] == peer for row in told["rows"]))]
-    head = f"| family | columns | | 2 components: ms, {' / '.join(who)} | times | 16 components: ms | times |"
-    lines = [head, "| --- | --- | --- | --- | --- | --- | --- |"]
+    head = f"| {dtype} | columns | 2 components: ms, {' / '.join(who)} | times | 16 components: ms | times |"
+    lines = [head, "| --- | --- | --- | --- | --- | --- |"]
     lines += [
         f"| {' | '.join(map(str, key))} | {_cell(cases[key], 'k2', who)} | {_cell(cases[key], 'k16', who)} |"
         for key in keys
@@ -38,4 +39,5 @@ def _cell(case, k, who):
 
 
 if __name__ == "__main__":
-    print(table(json.loads(RESULTS.read_text("utf-8"))))
+    told = json.loads(RESULTS.read_text("utf-8"))
+    print(table(told, "float64"), table(told, "float32"), sep="\n\n")
