@@ -58,3 +58,10 @@ def test_accelerate_asks_for_them():
     model = mixtura.accelerate(own())
     size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     assert acceleration(model)["large_pages"] == {"gathered": 0, "size": size, "refusal": ""}
+
+
+def test_who_measures_waits_for_them():
+    model = own()
+    model.resize_token_embeddings(16 * MEGABYTE // 256)  # of 64 float32 each
+    pages = acceleration(mixtura.accelerate(model), wait=True)["large_pages"]
+    assert pages["gathered"] >= 12 * MEGABYTE or pages["refusal"]

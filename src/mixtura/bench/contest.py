@@ -37,13 +37,13 @@ class Contest:
 
     def accelerated(self, model: Any, **options: Any) -> Any:
         """The model as ``accelerate`` leaves it; None if it cannot, and what it warns of is told."""
-        from mixtura.hf.accelerate import accelerate
+        from mixtura.hf.accelerate import accelerate, acceleration
 
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", MixturaWarning)
             try:
                 made = accelerate(model, **options)
-                made._mixtura_decoding.pages.wait()
+                acceleration(made, wait=True)
             except NotExpressibleError as error:
                 self.left_out["mixtura"] = str(error)
                 return None

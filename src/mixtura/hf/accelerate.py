@@ -104,8 +104,12 @@ def undo(model: Any) -> Any:
     return model
 
 
-def acceleration(model: Any) -> dict[str, Any]:
+def acceleration(model: Any, *, wait: bool = False) -> dict[str, Any]:
     """What became of decode steps since ``accelerate``.
+
+    Args:
+        model: as ``accelerate`` left it.
+        wait: until the weights lie in large pages, about two seconds for each gigabyte; for who measures.
 
     Returns:
         ``planned``: steps that ran as a plan; ``refusal``: why none can, or ""; ``through_modules``: the other steps by
@@ -119,6 +123,8 @@ def acceleration(model: Any) -> dict[str, Any]:
     if not isinstance(model, _Accelerated):
         raise OptionError(f"{type(model).__name__} was not accelerated")
     decoding, pages = model._mixtura_decoding, model._mixtura_decoding.pages
+    if pages and wait:
+        pages.wait()
     return {
         "planned": decoding.planned,
         "refusal": decoding.refusal,
