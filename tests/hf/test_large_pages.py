@@ -65,3 +65,15 @@ def test_who_measures_waits_for_them():
     model.resize_token_embeddings(16 * MEGABYTE // 256)  # of 64 float32 each
     pages = acceleration(mixtura.accelerate(model), wait=True)["large_pages"]
     assert pages["gathered"] >= 12 * MEGABYTE or pages["refusal"]
+
+
+def test_tensors_can_be_exchanged_meanwhile():
+    model = torch.nn.Embedding(16 * MEGABYTE // 256, 64)
+    pages = LargePages(model.parameters())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model.weight.dtype == torch.bfloat16
+    pages.wait()

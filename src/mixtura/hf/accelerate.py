@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,7 @@ from mixtura.hf.growing_cache import Growing, grow
 from mixtura.hf.large_pages import LargePages
 from mixtura.hf.quantizer import quantize_model
 from mixtura.hf.unchanged import Unchanged
+from mixtura.nn.backends.native.experts import is_transformed, is_watched
 from mixtura.nn.backends.native.few_tokens import FewTokens
 from mixtura.nn.backends.native.library import library, why_no_library
 from mixtura.nn.backends.native.tape import MAX_ROWS
@@ -82,25 +84,26 @@ def accelerate(model: Any, *, bits: int | None = None, **options: Any) -> Any:
         raise NotExpressibleError(f"accelerate is for models on the CPU, got one on {', '.join(devices)}")
     if options and bits is None:
         raise OptionError(f"{', '.join(sorted(options))} need bits, 8 or 4")
+    inner = _inner(model)
     if bits is not None:
-        quantize_model(model, **{"linears": True, **options, "bits": bits})
-    if isinstance(model, _Accelerated):
-        return model
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("mixtura")
-    model._mixtura_decoding = _Decoding()
-    model.__class__ = _accelerated(type(model))
-    if reason := model._mixtura_decoding.prove(model):
+        quantize_model(inner, **{"linears": True, **options, "bits": bits})
+    if hasattr(inner, "set_experts_implementation"):
+        inner.set_experts_implementation("mixtura")
+    inner._mixtura_decoding = decoding = _Decoding()
+    if not isinstance(inner, _Accelerated):
+        inner.__class__ = _accelerated(type(inner))
+    if reason := decoding.prove(inner):
         warnings.warn(f"decode steps go through the modules: {reason}", MixturaWarning, stacklevel=2)
-    model._mixtura_decoding.pages = LargePages([*model.parameters(), *model.buffers()])
+    decoding.pages = LargePages([*inner.parameters(), *inner.buffers()])
     return model
 
 
 def undo(model: Any) -> Any:
     """Take ``accelerate`` back; experts stay on the library."""
-    if isinstance(model, _Accelerated):
-        model.__class__ = type(model).__mro__[2]
-        del model._mixtura_decoding
+    inner = _inner(model)
+    if isinstance(inner, _Accelerated):
+        inner.__class__ = type(inner).__mro__[2]
+        del inner._mixtura_decoding
     return model
 
 
@@ -120,9 +123,10 @@ def acceleration(model: Any, *, wait: bool = False) -> dict[str, Any]:
     Raises:
         OptionError: if the model was not accelerated.
     """
-    if not isinstance(model, _Accelerated):
+    inner = _inner(model)
+    if not isinstance(inner, _Accelerated):
         raise OptionError(f"{type(model).__name__} was not accelerated")
-    decoding, pages = model._mixtura_decoding, model._mixtura_decoding.pages
+    decoding, pages = inner._mixtura_decoding, inner._mixtura_decoding.pages
     if pages and wait:
         pages.wait()
     return {
@@ -134,8 +138,22 @@ def acceleration(model: Any, *, wait: bool = False) -> dict[str, Any]:
     }
 
 
+def _inner(model: Any) -> Any:
+    """The model in a wrapper of peft, which calls that one and not itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class _Accelerated:
-    """Marks a class whose ``forward`` is ``_forward``; the class before it is the model's own."""
+    """Marks a class that ``_accelerated`` made; the one after it is the model's own."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _revive, (type(self).__mro__[2],), self.__dict__
+
+
+def _revive(cls: type) -> Any:
+    """An accelerated model of a class, without anything in it, for pickle and copies."""
+    made = _accelerated(cls)
+    return made.__new__(made)
 
 
 @functools.cache
@@ -160,6 +178,7 @@ class _Decoding:
         self.pages: LargePages | None = None
         self._plan: DecodePlan | None = None
         self._unchanged: Unchanged | None = None
+        self._lock = threading.Lock()  # a plan has the memory of one step
 
     def __deepcopy__(self, memo: Any) -> _Decoding:
         return _Decoding(self.refusal, self._output)  # a plan reads the weights of its own model
@@ -169,13 +188,13 @@ class _Decoding:
 
     def forward(self, model: Any, modules: Any, given: dict[str, Any]) -> Any:
         """A forward call of the model with these arguments, as a plan or through the modules."""
-        if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or model.training or is_watched() or is_transformed():
             return modules(**given)
         given = self._with_growing_cache(model, given)
         tokens = given.get("input_ids")
-        if tokens is None or given.get("past_key_values") is None or tokens.shape[1] > 1:
+        if tokens is None or given.get("past_key_values") is None or tokens.shape[1:] != (1,):
             return self._by_operation(modules, given)
-        step = self.refusal or self._step(model, given)
+        step = self.refusal or self._guarded_step(model, given)
         if isinstance(step, str):
             self.through_modules[step] += 1
             return self._by_operation(modules, given)
@@ -191,14 +210,19 @@ class _Decoding:
     @torch.no_grad()
     def prove(self, model: Any) -> str:
         """Why no plan computes what the modules do; "" if one does."""
-        training = model.training
+        if "forward" in vars(model):
+            self.refusal = "its forward was exchanged, as torch.compile(model.forward) does; accelerate it before"
+            return self.refusal
+        training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            self.refusal = self._compare(model)
+            with torch.autocast("cpu", enabled=False):
+                self.refusal = self._compare(model)
         except (NotExpressibleError, OptionError) as error:
             self.refusal = str(error)
         finally:
-            model.train(training)
+            for module in training:
+                module.training = True
             self._plan = None  # it knows more positions than are needed
         return self.refusal
 
@@ -227,11 +251,18 @@ class _Decoding:
     def _with_growing_cache(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
         cache = given.get("past_key_values")
         use = given.get("use_cache")
-        if cache is None and (model.config.use_cache if use is None else use):
+        if cache is None and not self.refusal and (model.config.use_cache if use is None else use):
             cache = DynamicCache(config=model.config)
         if isinstance(cache, DynamicCache) and not getattr(cache, "offloading", False):
             grow(cache)
         return given if cache is None else {**given, "past_key_values": cache}
+
+    def _guarded_step(self, model: Any, given: Mapping[str, Any]) -> torch.Tensor | str:
+        with self._lock:
+            try:
+                return self._step(model, given)
+            except NotExpressibleError as error:
+                return str(error)
 
     def _step(self, model: Any, given: Mapping[str, Any]) -> torch.Tensor | str:
         """Logits (B, V) of a decode step, or why the plan cannot take it."""
@@ -247,7 +278,8 @@ class _Decoding:
         if self._plan is None or self._plan.rows != B or not self._plan.reaches(positions_B):
             self._record(model, B, int(positions_B.max()) + 1)
         plan: DecodePlan = self._plan  # type: ignore[assignment]
-        return plan.refusal(positions_B, cache.layers) or plan.step(tokens[:, 0], positions_B, starts_B, cache.layers)
+        ids_B = tokens[:, 0]
+        return plan.refusal(ids_B, positions_B, cache.layers) or plan.step(ids_B, positions_B, starts_B, cache.layers)
 
     def _why_not(self, model: Any, given: Mapping[str, Any], B: int, past: int) -> str:
         asked = [
@@ -256,6 +288,11 @@ class _Decoding:
         asked += [name for name in _MORE_OUTPUTS if getattr(model.config, name, False)]
         if asked:
             return f"{', '.join(asked)} is asked for"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        place = given.get("position_ids")
+        if place is not None and (place.ndim != 2 or place.shape[1] != 1):
+            return f"positions of shape {tuple(place.shape)} are given for one token a sequence"
         if given.get("return_dict") is False or given.get("use_cache") is False:
             return "the output or the cache is not the usual one"
         layers = given["past_key_values"].layers
@@ -268,7 +305,8 @@ class _Decoding:
         return "" if self._unchanged is None else self._unchanged.difference()
 
     def _record(self, model: Any, rows: int, length: int) -> None:
-        self._plan = DecodePlan(model, rows, 2 * length)
+        with torch.inference_mode(False), torch.no_grad():  # tensors of that mode could not be written to outside of it
+            self._plan = DecodePlan(model, rows, 2 * length)
         self._unchanged = self._unchanged or Unchanged(model)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from mixtura.core.errors import NotExpressibleError
 from mixtura.hf.decode_parts import Positions, check_parts, dense, linear, norm_of, windows
+from mixtura.hf.growing_cache import Form, form_of
 from mixtura.hf.native import NativeMixture, expert_blocks
 from mixtura.hf.native_start import linear_gate
 from mixtura.hf.selection import LayerSelection, layer_selections
@@ -70,6 +71,9 @@ class DecodePlan:
         inner = decoder(model)
         check_parts(model, _OUTSIDE, "the model")
         check_parts(inner, _INSIDE, "the decoder")
+        self._like: list[torch.Tensor] = []  # keys and values of each layer, without positions
+        self._forms: list[Form] = []
+        self._vocabulary = len(inner.embed_tokens.weight)
         self._positions = Positions(getattr(inner, "rotary_emb", None), max(positions, 1024))
         x_BD = self.tape.embed(inner.embed_tokens.weight, _embedding_scale(inner))
         self._sum_BD = self.tape.sum(x_BD.shape[1])
@@ -94,7 +98,7 @@ class DecodePlan:
         tape, length = self.tape, layers[0].get_seq_length() + 1
         tape.ids_B.copy_(ids_B), tape.positions_B.copy_(positions_B), tape.starts_B.copy_(starts_B)
         for number, layer in enumerate(layers):
-            tape.cache(number, *layer.reserve(1, *self._like), layer.skipped)
+            tape.cache(number, *layer.reserve(1, self._like[number], self._like[number]), layer.skipped)
         tape.run(length)
         for layer in layers:
             layer.count(1)
@@ -104,13 +108,18 @@ class DecodePlan:
         """Whether rotations are known as far as these positions."""
         return int(positions_B.max()) < self._positions.count
 
-    def refusal(self, positions_B: torch.Tensor, layers: list[Any]) -> str:
-        """Why the plan cannot take a step from there; "" if it can."""
+    def refusal(self, ids_B: torch.Tensor, positions_B: torch.Tensor, layers: list[Any]) -> str:
+        """Why the plan cannot take this step from there; "" if it can."""
+        ids = ids_B.tolist()
+        if ids_B.is_floating_point() or min(ids) < 0 or max(ids) >= self._vocabulary:
+            return f"tokens are not of 0 .. {self._vocabulary - 1}"
         if len(layers) != len(self.windows):
             return f"the cache has {len(layers)} layers, the model {len(self.windows)}"
         for window, layer in zip(self.windows, layers, strict=True):
             if getattr(layer, "sliding_window", window) != window:
                 return f"the cache has a window of {layer.sliding_window}, the model one of {window}"
+        if not all(layer.fits(form, form) for layer, form in zip(layers, self._forms, strict=True)):
+            return "the cache is of another shape or type than the model's"
         return self._positions.refusal(positions_B)
 
     def _logits(self) -> torch.Tensor:
@@ -180,7 +189,8 @@ class DecodePlan:
         )
         self.tape.linear_add(mixed_BN, linear(attention.o_proj), out_BD)
         like = torch.empty(self.tape.rows, key.shape[1] // width, 0, width, dtype=self.tape.dtype)
-        self._like = (like, like)
+        self._like.append(like)
+        self._forms.append(form_of(like))
 
     def _family(self) -> str:
         return getattr(self._config, "base_model_type", None) or self._config.model_type

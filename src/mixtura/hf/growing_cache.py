@@ -6,10 +6,18 @@ B rows, V heads of keys, L positions, P width of a head.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+Form: TypeAlias = tuple[torch.dtype, torch.device, int, int, int]
+
+
+def form_of(states: torch.Tensor) -> Form:
+    """Type, device, B, V and P."""
+    B, V, _, P = states.shape
+    return states.dtype, states.device, B, V, P
 
 
 @dataclasses.dataclass
@@ -18,12 +26,17 @@ class _Held:
 
     Attributes:
         own: whether nobody else can hold the buffer.
+        lent: whether somebody was given what is held; what lies there must stay then.
     """
 
     buffer: torch.Tensor | None = None
     first: int = 0
     length: int = 0
     own: bool = False
+    lent: bool = False
+
+    def __post_init__(self) -> None:
+        self.form = None if self.buffer is None or self.buffer.ndim != 4 else form_of(self.buffer)
 
     @property
     def end(self) -> int:
@@ -33,14 +46,23 @@ class _Held:
         buffer = self.buffer
         return buffer if buffer is None or buffer.ndim != 4 else buffer[:, :, self.first : self.end]
 
+    def lend(self) -> torch.Tensor | None:
+        self.lent = True
+        return self.view()
+
+    def drop(self, count: int) -> None:
+        """Forget so many positions at the end."""
+        self.length -= count
+        self.own &= not (self.lent and count)
+
     def room(self, more: int, like: torch.Tensor) -> torch.Tensor:
-        """A buffer that has room for so many positions behind the end."""
-        if self.own and self.end + more <= self.buffer.shape[2]:  # type: ignore[union-attr]
+        """A buffer that has room for so many positions behind the end; what is held fits already."""
+        if self.own and self.end + more <= self.buffer.shape[2] and (self.length or self.form == form_of(like)):  # type: ignore[union-attr]
             return self.buffer  # type: ignore[return-value]
-        grown = like.new_empty(*like.shape[:2], max(2 * (self.length + more), 64), like.shape[3])
+        grown = _empty(like, max(2 * (self.length + more), 64))
         if self.length:
             grown[:, :, : self.length] = self.view()
-        self.buffer, self.first, self.own = grown, 0, True
+        self.buffer, self.form, self.first, self.own, self.lent = grown, form_of(grown), 0, True, False
         return grown
 
 
@@ -58,7 +80,7 @@ class Growing(DynamicLayer):
     @property
     def keys(self) -> torch.Tensor | None:
         """(B, V, L, P)."""
-        return self._keys.view()
+        return self._keys.lend()
 
     @keys.setter
     def keys(self, tensor: torch.Tensor | None) -> None:
@@ -67,7 +89,7 @@ class Growing(DynamicLayer):
     @property
     def values(self) -> torch.Tensor | None:
         """(B, V, L, P)."""
-        return self._values.view()
+        return self._values.lend()
 
     @values.setter
     def values(self, tensor: torch.Tensor | None) -> None:
@@ -78,12 +100,18 @@ class Growing(DynamicLayer):
         """Position of the sequence at which the buffers begin; negative if something else stands before it."""
         return self.get_seq_length() - self._keys.end
 
+    def fits(self, keys: Form, values: Form) -> bool:
+        """Whether states of these forms can stand behind those that are there."""
+        if not self._keys.length:
+            return True
+        return self._keys.form == keys and self._values.form == values
+
     def reserve(self, more: int, like_keys: torch.Tensor, like_values: torch.Tensor) -> list[torch.Tensor]:
         """Make room for so many positions behind those that are there.
 
         Args:
             more: positions.
-            like_keys: (B, V, any, P), of the type that is stored.
+            like_keys: (B, V, any, P), of the type that is stored; they must fit.
             like_values: the same of values.
 
         Returns:
@@ -117,17 +145,18 @@ class GrowingLayer(Growing):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append, and return all keys and values."""
-        if _need_gradient(key_states, value_states):
+        if _need_gradient(key_states, value_states) or not self.fits(form_of(key_states), form_of(value_states)):
             return super().update(key_states, value_states, *args, **kwargs)
         self._append(key_states, value_states)
         self.count(key_states.shape[-2])
-        return self.keys, self.values  # type: ignore[return-value]
+        return self._keys.view(), self._values.view()  # type: ignore[return-value]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget so many positions at the end, which is 0 or negative; the buffers stay."""
         if tokens_to_remove > 0:
             super().crop(tokens_to_remove)  # refuses it
-        self.count(max(tokens_to_remove, -self.get_seq_length()))
+        for held in (self._keys, self._values):
+            held.drop(min(-tokens_to_remove, held.length))
 
 
 class GrowingWindowLayer(Growing, DynamicSlidingWindowLayer):
@@ -138,7 +167,8 @@ class GrowingWindowLayer(Growing, DynamicSlidingWindowLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append, and return all keys and values that some of these queries see."""
         more = key_states.shape[-2]
-        if more >= self.sliding_window or _need_gradient(key_states, value_states):
+        concatenated = more >= self.sliding_window or _need_gradient(key_states, value_states)
+        if concatenated or not self.fits(form_of(key_states), form_of(value_states)):
             return super().update(key_states, value_states, *args, **kwargs)
         self._append(key_states, value_states)
         seen = min(self._keys.length, self.sliding_window - 1) + more
@@ -184,6 +214,15 @@ def _growing(layer: Any) -> Growing:
 
 def _held(tensor: torch.Tensor | None) -> _Held:
     return _Held(tensor, length=0 if tensor is None or tensor.ndim != 4 else tensor.shape[2])
+
+
+def _empty(like: torch.Tensor, capacity: int) -> torch.Tensor:
+    """A buffer that can be written to in every mode; one that was made in inference mode could be in that alone."""
+    shape = *like.shape[:2], capacity, like.shape[3]
+    if not torch.is_inference_mode_enabled():
+        return like.new_empty(shape)
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _need_gradient(key_states: torch.Tensor, value_states: torch.Tensor) -> bool:

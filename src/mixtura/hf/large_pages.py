@@ -10,11 +10,11 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _PAGE = 2 << 20  # bytes
 _PIECE = 16 * _PAGE  # of a call; others who ask for memory wait for it
@@ -41,7 +41,7 @@ class LargePages:
         whole = {tensor.data_ptr(): tensor for tensor in tensors}.values()
         self.size = sum(tensor.nbytes for tensor in whole)
         self.gathered, self.refusal = 0, ""
-        references = [weakref.ref(tensor) for tensor in whole if tensor.nbytes >= _PAGE]
+        references = [StorageWeakRef(tensor.untyped_storage()) for tensor in whole if tensor.nbytes >= _PAGE]
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._gather, args=(references,), daemon=True)
         self._thread.start()
@@ -56,7 +56,7 @@ class LargePages:
         """``gathered``, ``size`` and ``refusal``."""
         return {"gathered": self.gathered, "size": self.size, "refusal": self.refusal}
 
-    def _gather(self, references: list[weakref.ref[torch.Tensor]]) -> None:
+    def _gather(self, references: list[StorageWeakRef]) -> None:
         if not sys.platform.startswith("linux"):
             self.refusal = "large pages are asked for on Linux alone"
             return
@@ -74,11 +74,13 @@ class LargePages:
             self.refusal = f"the system gathered nothing: {', '.join(sorted(errors))} (Linux 6.1 and later can)"
 
 
-def _pieces(reference: weakref.ref[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Address and bytes of whole pages of a tensor, which lives until the next piece is asked for."""
+def _pieces(reference: StorageWeakRef) -> Iterator[tuple[int, int]]:
+    """Address and bytes of whole pages of a storage, which lives until the next piece is asked for."""
     done = 0
-    while (tensor := reference()) is not None:
-        begin, end = -(-tensor.data_ptr() // _PAGE) * _PAGE, (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
+    # a weak reference to the tensor itself would forbid to exchange it, as Module.to may do
+    while (storage := torch.UntypedStorage._new_with_weak_ptr(reference.cdata)) is not None:
+        place, size = storage.data_ptr(), storage.nbytes()
+        begin, end = -(-place // _PAGE) * _PAGE, (place + size) // _PAGE * _PAGE
         if begin + done >= end:
             return
         length = min(_PIECE, end - begin - done)

@@ -27,7 +27,8 @@ def activation_number(function: Callable[[torch.Tensor], torch.Tensor]) -> int |
 def experts_activation(experts: Any) -> int | None:
     """Number of what stacked experts, ours or transformers', compute between their projections; None if of none."""
     inside = experts.__dict__  # to ask a module for what it does not have takes microseconds
-    form = inside["_modules"].get("act_fn", inside.get("act_fn")), inside.get("alpha"), inside.get("limit")
+    names = ("alpha", "limit", "_apply_gate")  # the last if it was exchanged
+    form = (inside["_modules"].get("act_fn", inside.get("act_fn")), *map(inside.get, names))
     found = _FOUND.get(experts)
     if found is None or found[0] != form:
         found = _FOUND[experts] = form, _untraced(_compare_gated if experts.has_gate else _compare_plain, experts)

@@ -122,8 +122,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether torch must see an operator: there is a compiler, an export, or a mode that counts, fakes or records."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether torch must see an operator: there is a compiler, a trace, or a mode that counts, fakes or records."""
+    tracing = torch.compiler.is_compiling() or torch._C._is_tracing()
+    return tracing or torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_transformed() -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from mixtura.nn.backends.native.experts import is_transformed, is_watched
 from mixtura.nn.backends.native.library import library
 from mixtura.nn.backends.native.tape import DTYPES, AttentionStruct, LinearStruct
 
@@ -119,8 +120,8 @@ def _are_plain(tensors: list[torch.Tensor]) -> bool:
     dtype = tensors[0].dtype
     here = all(type(t) in _PLAIN and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
     alike = here and all(t.dtype == dtype for t in tensors)
-    quiet = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    return alike and dtype in DTYPES and quiet
+    seen = is_watched() or is_transformed() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    return alike and dtype in DTYPES and not seen
 
 
 def _lies_in_a_cache(key: torch.Tensor) -> bool:
