@@ -73,7 +73,7 @@ def train(seed: int, rows: str, noise: float, N: int) -> dict[str, float]:
     figure="root mean square distance of means, lower is better",
     setting="3 Gaussians in 10 dimensions, 3 standard deviations apart, 3000 rows, 10 % clean, noise of 0.4, 1 and 3 "
     "standard deviations; EM that knows each row's noise, at most 100 iterations; no images",
-    seeds=10,
+    seeds=20,
 )
 def run(lab: Lab) -> Verdict:
     N = lab.pick(3000, smoke=300)

@@ -74,7 +74,7 @@ METHODS = ("bad start", "k-means", "truth", "k-means SDP", "iLA-SDP", "iLA-SDP, 
     source="arXiv:2209.15097",
     figure="share of rows in the wrong cluster, lower is better",
     setting="90 rows of 3 Gaussians in 4 and 8 dimensions with unequal covariances, 5 apart on average",
-    seeds=10,
+    seeds=20,
 )
 def run(lab: Lab) -> Verdict:
     N, sizes = lab.pick(90, smoke=30), lab.pick((4, 8), smoke=(2,))
