@@ -53,11 +53,12 @@ def accelerate(model: Any, *, bits: int | None = None, **options: Any) -> Any:
     """Make generation fast on the CPU, in place; without ``bits`` what is computed stays the same up to rounding.
 
     Nothing is packed: weights can be saved, trained, merged and changed as before. Linux gathers them into large pages
-    meanwhile, see ``LargePages``. ``undo`` takes it back, but for bits that were taken away.
+    meanwhile, see ``LargePages``. Called again it looks at the model anew. ``undo`` takes it back, but for bits that
+    were taken away.
 
     Args:
         model: causal language model of transformers or of the family, dense or with mixtures, on the CPU in float32 or
-            bfloat16.
+            bfloat16. One with adapters of peft is accelerated inside.
         bits: 8 or 4 to quantize experts and linear layers first, but for routers and a head that is tied to the
             embeddings; None leaves them as they are. A model that was loaded quantized stays so.
         **options: of ``MixturaQuantizationConfig``.
