@@ -19,6 +19,7 @@ from mixtura.hf.stored import compare_with_files
 from mixtura.nn import ExpertGroup, Experts, Mixture
 from mixtura.nn.experts.forms import CopyExperts, ZeroExperts
 from mixtura.nn.experts.quantized import QuantizedExperts
+from mixtura.nn.quantized_linear import QuantizedLinear
 from mixtura.nn.routers.topk_softmax import TopKRouter
 from pico import pico
 from pico_native import logits, native, tokens
@@ -170,6 +171,53 @@ def test_weights_that_are_not_finite_stop_loading(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=MixturaQuantizationConfig())
     with pytest.raises(OptionError, match="weights must be finite to be quantized"):
         quantize_model(model)
+
+
+def last(model):
+    return model.model.layers[-1].mlp.experts.down_proj
+
+
+WEIGHTS = {  # that cannot be quantized; the last that would be
+    "model.layers.1.mlp.experts.down_proj: weights must be finite": (lambda m: last(m)[3], torch.nan, {}),
+    "model.layers.1.mlp.experts.down_proj: weights up to 1e+09 need scale_dtype='float32'": (
+        lambda m: last(m)[3],
+        1e9,
+        {},
+    ),
+    "lm_head.weight: weights must be finite": (lambda m: m.lm_head.weight, torch.inf, {"linears": True}),
+    "lm_head.weight: weights up to 3e+38 need scale": (
+        lambda m: m.lm_head.weight,
+        -3e38,
+        {"linears": True, "scale_dtype": "float32"},
+    ),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("message", WEIGHTS)
+def test_a_weight_that_cannot_be_quantized_is_named_and_leaves_the_model_as_it_was(message, tied):
+    weight, value, options = WEIGHTS[message]
+    model = native("olmoe", tie_word_embeddings=tied)
+    with torch.no_grad():
+        weight(model)[1, 2] = value
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    head = {"head": True} if tied and options else {}
+    with pytest.raises(OptionError) as seen:
+        quantize_model(model, bits=4, **options, **head)
+    assert str(seen.value).startswith(message)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in before.items())
+    if value == 1e9:  # what the error advises works
+        quantize_model(model, bits=4, scale_dtype="float32")
+
+
+def test_configurations_that_say_nothing_of_a_tied_head():
+    model, x = native("inkling_text"), tokens()
+    before = logits(model, x)
+    after = logits(quantize_model(model, bits=8, linears=True), x)
+    assert type(model.lm_head) is QuantizedLinear
+    assert cosine_similarity(after.flatten(), before.flatten(), 0) > 0.999
 
 
 @pytest.mark.parametrize("make", [own, MODELS["olmoe"]], ids=["mixtura", "olmoe"])

@@ -25,8 +25,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mixtura.core.errors import NotExpressibleError, OptionError, unknown_name
 from mixtura.hf.native import ROUTER_NAMES
 from mixtura.nn.experts.quantization import Quantization
-from mixtura.nn.experts.quantized import QuantizedExperts, dequantize_experts, quantize_experts, quantize_stack
-from mixtura.nn.quantized_linear import QuantizedLinear, dequantize_linear, quantize_linear, quantize_matrix
+from mixtura.nn.experts.quantized import (
+    QuantizedExperts,
+    check_experts,
+    dequantize_experts,
+    quantize_experts,
+    quantize_stack,
+)
+from mixtura.nn.quantized_linear import (
+    QuantizedLinear,
+    check_linear,
+    dequantize_linear,
+    quantize_linear,
+    quantize_matrix,
+)
 
 METHOD = "mixtura"
 _FIELDS = tuple(field.name for field in dataclasses.fields(Quantization))
@@ -158,14 +170,20 @@ def quantize_model(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 
 def _quantize(model: PreTrainedModel, config: MixturaQuantizationConfig) -> None:
     """Give all stacked experts, ours and transformers', and if asked for linear layers their new form."""
-    experts = [module for module in model.modules() if _is_stacked(module)]
-    linears = list(_linears(model)) if config.linears else []
+    experts = {name: module for name, module in model.named_modules() if _is_stacked(module)}
+    linears = dict(_linears(model)) if config.linears else {}
     if not experts and not linears:
         wanted = "stacked experts" + (" and no linear layers" if config.linears else "")
         raise NotExpressibleError(f"{type(model).__name__} has no {wanted} to quantize")
-    for module in experts:
+    head = _tied_head(model) if config.head else None
+    for name, module in model.named_modules():
+        if name in experts:
+            check_experts(module, config.quantization, name)
+        elif name in linears or module is head:
+            check_linear(module, config.quantization, name)
+    for module in experts.values():
         quantize_experts(module, config.quantization)
-    for linear in linears:
+    for linear in linears.values():
         quantize_linear(linear, config.quantization)
 
 
@@ -174,15 +192,16 @@ def _is_stacked(module: nn.Module) -> bool:
     return "has_gate" in vars(module) and down is not None and down.ndim == 3
 
 
-def _linears(model: PreTrainedModel) -> Iterator[nn.Linear]:
+def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     tied = _tied_head(model)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module is not tied and name.rpartition(".")[2] not in _ROUTERS:
-            yield module
+            yield name, module
 
 
 def _tied_head(model: PreTrainedModel) -> nn.Linear | None:
-    return model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)  # some configurations lack it
+    return model.get_output_embeddings() if tied else None
 
 
 def _untie(model: PreTrainedModel, head: nn.Linear) -> None:

@@ -9,6 +9,7 @@ T tokens, N outputs, K inputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from mixtura.core.errors import NotExpressibleError
 from mixtura.nn.backends.native.library import ExpertsStruct, library
 from mixtura.nn.backends.native.quantized import CodesStruct, QuantizedStruct
 from mixtura.nn.backends.native.tape import DTYPES, FewBits, few_bits_product
-from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, dequantize, quantize
+from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, check, dequantize, quantize
 
 
 class QuantizedLinear(nn.Linear):
@@ -100,6 +101,11 @@ def quantize_linear(linear: nn.Linear, how: Quantization) -> None:
             linear.register_parameter("weight" + suffix, nn.Parameter(tensor, requires_grad=False))
     linear.quantization = how  # type: ignore[assignment]
     linear.__class__ = QuantizedLinear
+
+
+def check_linear(linear: nn.Linear, how: Quantization, where: str) -> None:
+    """Raise the ``OptionError`` that ``quantize_linear`` would, with the name of the layer, and change nothing."""
+    check(f"{where}.weight", linear.weight.detach(), functools.partial(quantize, how=how))
 
 
 def quantize_matrix(weight_NK: torch.Tensor, how: Quantization) -> Codes:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from mixtura.core.errors import NotExpressibleError
 from mixtura.nn.backends.naive import one_expert
 from mixtura.nn.backends.native.quantized import compute_quantized, why_not_quantized
-from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, dequantize, join_codes, quantize
+from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, check, dequantize, join_codes, quantize
 
 
 class QuantizedExperts(nn.Module):
@@ -88,12 +88,7 @@ def quantize_experts(experts: nn.Module, how: Quantization) -> None:
         NotExpressibleError: if they are quantized already, or have no floating-point weights.
         OptionError: if a weight cannot be quantized.
     """
-    if isinstance(experts, QuantizedExperts):
-        raise NotExpressibleError("experts are quantized already")
-    weights = {name: getattr(experts, name) for name in weight_names(experts)}
-    for name, weight in weights.items():
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.ndim != 3:
-            raise NotExpressibleError(f"{name} must be a stack of floating-point matrices to be quantized")
+    weights = _weights(experts)
     made = {name: quantize_stack(experts, name, weight, how) for name, weight in weights.items()}
     experts.rows = {name: rows_of(experts, name, weight) for name, weight in weights.items()}  # type: ignore[assignment]
     experts.inputs = {name: w.shape[1 if experts.is_transposed else 2] for name, w in weights.items()}  # type: ignore[assignment]
@@ -103,6 +98,32 @@ def quantize_experts(experts: nn.Module, how: Quantization) -> None:
             if tensor is not None:
                 experts.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
     experts.__class__ = _quantized_class(type(experts))  # type: ignore[arg-type]
+
+
+def check_experts(experts: nn.Module, how: Quantization, where: str) -> None:
+    """Raise what ``quantize_experts`` would, and change nothing.
+
+    Args:
+        experts: likewise.
+        how: likewise.
+        where: their name, for errors about a weight.
+
+    Raises:
+        NotExpressibleError: likewise.
+        OptionError: likewise.
+    """
+    for name, weight in _weights(experts).items():
+        check(f"{where}.{name}", weight.detach(), functools.partial(_quantize_one, experts, name, how=how))
+
+
+def _weights(experts: nn.Module) -> dict[str, torch.Tensor]:
+    if isinstance(experts, QuantizedExperts):
+        raise NotExpressibleError("experts are quantized already")
+    weights = {name: getattr(experts, name) for name in weight_names(experts)}
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.ndim != 3:
+            raise NotExpressibleError(f"{name} must be a stack of floating-point matrices to be quantized")
+    return weights
 
 
 def dequantize_experts(experts: nn.Module, dtype: torch.dtype) -> None:
