@@ -262,6 +262,23 @@ def test_all_bits_can_be_had_again():
     torch.testing.assert_close(logits(back, x), few, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_all_bits_are_had_again_in_the_type_that_the_model_has_by_then(when):
+    model, x = native("olmoe"), tokens()  # its configuration goes on to say float32
+    if when == "before":
+        model.to(torch.bfloat16)
+    quantize_model(model, bits=8, linears=True)
+    if when == "after":
+        model.to(torch.bfloat16)
+    few = logits(model, x)
+    back = model.dequantize()
+    assert {parameter.dtype for parameter in back.parameters()} == {torch.bfloat16}
+    assert cosine_similarity(logits(back, x).flatten().float(), few.flatten().float(), 0) > 0.99
+    assert {
+        p.dtype for p in quantize_model(back).dequantize(torch.float16).model.layers[0].mlp.experts.parameters()
+    } == {torch.float16}
+
+
 def test_parameters_are_counted_as_what_codes_stand_for():
     for make in (own, MODELS["olmoe"], MODELS["gpt_oss"]):
         plain = count_parameters(make())

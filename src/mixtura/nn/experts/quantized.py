@@ -31,11 +31,13 @@ class QuantizedExperts(nn.Module):
         quantization: how.
         rows: rows of the quantized matrices by the name of a weight, gate and up apart.
         inputs: inputs of each weight.
+        weight_dtype: type that the weights had, converted since as the model was.
     """
 
     quantization: Quantization
     rows: dict[str, tuple[int, ...]]
     inputs: dict[str, int]
+    weight_dtype: torch.dtype
 
     def forward(self, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Seam 2: sum over the slots of weight times expert; slots of index E are skipped."""
@@ -64,6 +66,8 @@ class QuantizedExperts(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Scales keep their type, whatever type the model is converted to: they belong to the codes."""
         scales = {id(getattr(self, f"{name}_scale")) for name in self.rows}
+        like: torch.Tensor = self.down_proj  # type: ignore[assignment]
+        self.weight_dtype = fn(like.new_empty(0, dtype=self.weight_dtype)).dtype
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             made = fn(tensor)
@@ -92,7 +96,7 @@ def quantize_experts(experts: nn.Module, how: Quantization) -> None:
     made = {name: quantize_stack(experts, name, weight, how) for name, weight in weights.items()}
     experts.rows = {name: rows_of(experts, name, weight) for name, weight in weights.items()}  # type: ignore[assignment]
     experts.inputs = {name: w.shape[1 if experts.is_transposed else 2] for name, w in weights.items()}  # type: ignore[assignment]
-    experts.quantization = how  # type: ignore[assignment]
+    experts.quantization, experts.weight_dtype = how, weights["down_proj"].dtype  # type: ignore[assignment]
     for name, codes in made.items():
         for suffix, tensor in zip(("", "_scale", "_zero"), codes, strict=True):
             if tensor is not None:
@@ -126,9 +130,15 @@ def _weights(experts: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def dequantize_experts(experts: nn.Module, dtype: torch.dtype) -> None:
-    """Give quantized experts weights of that type again, equal to their codes up to its rounding, in place."""
+def dequantize_experts(experts: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Give quantized experts weights again, equal to their codes up to rounding, in place.
+
+    Args:
+        experts: quantized.
+        dtype: of the weights; None is the type that they had, converted since as the model was.
+    """
     assert isinstance(experts, QuantizedExperts)
+    dtype = dtype or experts.weight_dtype
     made = {
         name: torch.stack([experts.weight(name, e, dtype) for e in range(len(getattr(experts, name)))])
         for name in experts.rows
@@ -138,7 +148,7 @@ def dequantize_experts(experts: nn.Module, dtype: torch.dtype) -> None:
         for suffix in ("_scale", "_zero"):
             experts._parameters.pop(name + suffix, None)
         experts.register_parameter(name, nn.Parameter(weight))
-    del experts.rows, experts.inputs, experts.quantization
+    del experts.rows, experts.inputs, experts.quantization, experts.weight_dtype
 
 
 def rows_of(experts: Any, name: str, weight: torch.Tensor) -> tuple[int, ...]:
