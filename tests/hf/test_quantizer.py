@@ -1,5 +1,6 @@
 """The quantizer of transformers: loaded with few bits, saved, loaded again; families, options, what goes on working."""
 
+import copy
 import itertools
 import json
 
@@ -232,6 +233,19 @@ def test_codes_that_are_missing_or_of_another_shape_stop_loading(make, tmp_path)
         save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(FileFormatError):
             load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mixtura", "olmoe", "gpt_oss"])
+def test_pickled_and_copied(name, tmp_path):
+    model, x = quantize_model(MODELS[name](), bits=4, linears=True), tokens()
+    torch.save(model, tmp_path / "model.pt")
+    for again in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert list(map(type, again.modules())) == list(map(type, model.modules()))
+        same_tensors(again, model)
+        assert torch.equal(logits(again, x), logits(model, x))
+        again.bfloat16().dequantize()
+        assert not quantized_experts(again)
+    assert quantized_experts(model)
 
 
 def test_generation_capture_and_adapters_go_on_working():

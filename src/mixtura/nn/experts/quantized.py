@@ -63,6 +63,10 @@ class QuantizedExperts(nn.Module):
             numbers |= {id(codes): len(codes) * sum(rows) * self.inputs[name], **dict.fromkeys(map(id, others), 0)}
         return numbers
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by the class that the experts had before: their own is made anew."""
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Scales keep their type, whatever type the model is converted to: they belong to the codes."""
         scales = {id(getattr(self, f"{name}_scale")) for name in self.rows}
@@ -178,6 +182,12 @@ def _quantize_one(experts: Any, name: str, weight: torch.Tensor, how: Quantizati
 @functools.cache
 def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{cls.__name__}", (QuantizedExperts, cls), {"__module__": cls.__module__})
+
+
+def _empty(cls: type[nn.Module]) -> nn.Module:
+    """Quantized experts of a class, before their state is set."""
+    made = _quantized_class(cls)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 class _Dequantized:
