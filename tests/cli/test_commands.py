@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import mixtura.hf
@@ -211,3 +212,22 @@ def test_a_bug_is_one_line_and_says_how_to_see_more(dense, tmp_path, monkeypatch
 def test_wrong_usage_is_typers_own():
     assert run("upcycle").exit_code == 2
     assert "Did you mean 'upcycle'" in run("upcycl").output
+
+
+OWN = {
+    (name, flag.name, flag.opts[0])
+    for name, command in typer.main.get_command(app).commands.items()
+    for flag in command.params
+    if any(parameter.name == "option" for parameter in command.params)
+}
+
+
+@pytest.mark.parametrize(("command", "name", "flag"), sorted(OWN))
+def test_what_a_command_has_by_itself_is_no_option_of_the_method(command, name, flag, dense, tmp_path):
+    result = run(command, dense, tmp_path / "out", "--option", f"{name}=4")
+    fails(result, 2, f"{name!r} is no option of the method; the command takes it as {flag}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_with_options_of_methods_are_known():
+    assert {("quantize", "bits", "--bits"), ("install", "start", "--start"), ("upcycle", "layers", "--layers")} <= OWN

@@ -1,5 +1,6 @@
 """The quantizer of transformers: loaded with few bits, saved, loaded again; families, options, what goes on working."""
 
+import copy
 import itertools
 import json
 
@@ -19,6 +20,7 @@ from mixtura.hf.stored import compare_with_files
 from mixtura.nn import ExpertGroup, Experts, Mixture
 from mixtura.nn.experts.forms import CopyExperts, ZeroExperts
 from mixtura.nn.experts.quantized import QuantizedExperts
+from mixtura.nn.quantized_linear import QuantizedLinear
 from mixtura.nn.routers.topk_softmax import TopKRouter
 from pico import pico
 from pico_native import logits, native, tokens
@@ -172,6 +174,53 @@ def test_weights_that_are_not_finite_stop_loading(tmp_path):
         quantize_model(model)
 
 
+def last(model):
+    return model.model.layers[-1].mlp.experts.down_proj
+
+
+WEIGHTS = {  # that cannot be quantized; the last that would be
+    "model.layers.1.mlp.experts.down_proj: weights must be finite": (lambda m: last(m)[3], torch.nan, {}),
+    "model.layers.1.mlp.experts.down_proj: weights up to 1e+09 need scale_dtype='float32'": (
+        lambda m: last(m)[3],
+        1e9,
+        {},
+    ),
+    "lm_head.weight: weights must be finite": (lambda m: m.lm_head.weight, torch.inf, {"linears": True}),
+    "lm_head.weight: weights up to 3e+38 need scale": (
+        lambda m: m.lm_head.weight,
+        -3e38,
+        {"linears": True, "scale_dtype": "float32"},
+    ),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("message", WEIGHTS)
+def test_a_weight_that_cannot_be_quantized_is_named_and_leaves_the_model_as_it_was(message, tied):
+    weight, value, options = WEIGHTS[message]
+    model = native("olmoe", tie_word_embeddings=tied)
+    with torch.no_grad():
+        weight(model)[1, 2] = value
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    head = {"head": True} if tied and options else {}
+    with pytest.raises(OptionError) as seen:
+        quantize_model(model, bits=4, **options, **head)
+    assert str(seen.value).startswith(message)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in before.items())
+    if value == 1e9:  # what the error advises works
+        quantize_model(model, bits=4, scale_dtype="float32")
+
+
+def test_configurations_that_say_nothing_of_a_tied_head():
+    model, x = native("inkling_text"), tokens()
+    before = logits(model, x)
+    after = logits(quantize_model(model, bits=8, linears=True), x)
+    assert type(model.lm_head) is QuantizedLinear
+    assert cosine_similarity(after.flatten(), before.flatten(), 0) > 0.999
+
+
 @pytest.mark.parametrize("make", [own, MODELS["olmoe"]], ids=["mixtura", "olmoe"])
 def test_codes_that_are_missing_or_of_another_shape_stop_loading(make, tmp_path):
     quantize_model(make()).save_pretrained(tmp_path)
@@ -184,6 +233,19 @@ def test_codes_that_are_missing_or_of_another_shape_stop_loading(make, tmp_path)
         save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(FileFormatError):
             load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mixtura", "olmoe", "gpt_oss"])
+def test_pickled_and_copied(name, tmp_path):
+    model, x = quantize_model(MODELS[name](), bits=4, linears=True), tokens()
+    torch.save(model, tmp_path / "model.pt")
+    for again in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert list(map(type, again.modules())) == list(map(type, model.modules()))
+        same_tensors(again, model)
+        assert torch.equal(logits(again, x), logits(model, x))
+        again.bfloat16().dequantize()
+        assert not quantized_experts(again)
+    assert quantized_experts(model)
 
 
 def test_generation_capture_and_adapters_go_on_working():
@@ -212,6 +274,23 @@ def test_all_bits_can_be_had_again():
     assert type(back.model.layers[0].mlp.experts) is kind
     assert not hasattr(back.config, "quantization_config")
     torch.testing.assert_close(logits(back, x), few, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_all_bits_are_had_again_in_the_type_that_the_model_has_by_then(when):
+    model, x = native("olmoe"), tokens()  # its configuration goes on to say float32
+    if when == "before":
+        model.to(torch.bfloat16)
+    quantize_model(model, bits=8, linears=True)
+    if when == "after":
+        model.to(torch.bfloat16)
+    few = logits(model, x)
+    back = model.dequantize()
+    assert {parameter.dtype for parameter in back.parameters()} == {torch.bfloat16}
+    assert cosine_similarity(logits(back, x).flatten().float(), few.flatten().float(), 0) > 0.99
+    assert {
+        p.dtype for p in quantize_model(back).dequantize(torch.float16).model.layers[0].mlp.experts.parameters()
+    } == {torch.float16}
 
 
 def test_parameters_are_counted_as_what_codes_stand_for():

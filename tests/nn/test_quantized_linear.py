@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from mixtura.core.errors import NotExpressibleError
+from mixtura.core.errors import CodesError, NotExpressibleError
 from mixtura.nn.backends.native.library import instructions, use_instructions
 from mixtura.nn.experts.quantization import Quantization
 from mixtura.nn.quantized_linear import QuantizedLinear, dequantize_linear, quantize_linear
@@ -88,7 +88,7 @@ def test_gradients_reach_the_input_and_the_bias():
     plain(again).square().sum().backward()
     assert torch.allclose(x.grad, again.grad, atol=1e-5)
     assert torch.allclose(made.bias.grad, plain.bias.grad, atol=1e-4)
-    assert made.weight.grad is None
+    assert dict(made.named_parameters())["weight"].grad is None
 
 
 def test_types_copies_and_the_way_back():
@@ -108,3 +108,28 @@ def test_what_is_no_plain_linear_is_refused():
     made = quantized(Quantization())
     with pytest.raises(NotExpressibleError, match="a plain Linear can be quantized, got QuantizedLinear"):
         quantize_linear(made, Quantization())
+
+
+READINGS = {
+    "cannot use": (lambda w, x: F.linear(x, w), lambda w, x: w @ x.T, lambda w, x: x @ w, lambda w, x: torch.sum(w)),
+    "has no": (lambda w, x: w.data, lambda w, x: w.numpy(), lambda w, x: w.to(x.dtype), lambda w, x: w.sum()),
+}
+
+
+@pytest.mark.parametrize(("message", "read"), [(m, read) for m, reads in READINGS.items() for read in reads])
+def test_codes_are_not_taken_for_weights(message, read):
+    made, plain = quantized(Quantization()), linear()
+    weight = made.weight
+    assert (weight.dtype, weight.device, weight.shape) == (plain.weight.dtype, plain.weight.device, plain.weight.shape)
+    assert made.bfloat16().weight.dtype == torch.bfloat16
+    with pytest.raises(CodesError, match=f"codes in place of its weight.*{message}"):
+        read(weight, torch.randn(3, 100))
+
+
+def test_weights_come_back_in_the_type_that_the_layer_has_by_then():
+    for convert, dtype in ((nn.Module.float, torch.float32), (nn.Module.bfloat16, torch.bfloat16)):
+        before, after = convert(linear()), convert(quantized(Quantization()))
+        quantize_linear(before, Quantization())
+        for made in (before, after):
+            dequantize_linear(made)
+            assert made.weight.dtype == made.bias.dtype == dtype

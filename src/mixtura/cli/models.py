@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mixtura.cli.options import Json, Model, key_values, show
+from mixtura.cli.options import Json, Model, key_values, method_option, show
 
 Out = Annotated[Path, typer.Argument(help="New or empty folder.")]
 
@@ -22,7 +22,7 @@ def upcycle(
     layers: Annotated[
         str, typer.Option(help='"all", "last:6", "first:2", "every:2", "24-29", or numbers.')
     ] = "every:2",
-    option: Annotated[list[str], typer.Option(help="NAME=VALUE for the method, may be repeated.")] = [],  # noqa: B006
+    option: Annotated[list[str], method_option("NAME=VALUE for the method, may be repeated.")] = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Turn dense feed-forward layers into mixtures, with a receipt of what changed.
@@ -67,7 +67,7 @@ def install(
         str, typer.Option(help='"native": rows and selection of the router that is there; or "random".')
     ] = "native",
     allow: Annotated[list[str], typer.Option(help="Key of a method that may read later tokens.")] = [],  # noqa: B006
-    option: Annotated[list[str], typer.Option(help="NAME=VALUE for the method, may be repeated.")] = [],  # noqa: B006
+    option: Annotated[list[str], method_option("NAME=VALUE for the method, may be repeated.")] = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Let a router of ours decide in the native mixtures of a model, with a receipt of what changed.
@@ -103,8 +103,8 @@ def quantize(
     bits: Annotated[int, typer.Option(help="8 or 4.")] = 8,
     option: Annotated[
         list[str],
-        typer.Option(
-            help="NAME=VALUE: group_size, zero_point, scale_dtype, activation_bits, linears; head=true gives a head "
+        method_option(
+            "NAME=VALUE: group_size, zero_point, scale_dtype, activation_bits, linears; head=true gives a head "
             "that is tied to the embeddings a quantized matrix of its own, too."
         ),
     ] = [],  # noqa: B006

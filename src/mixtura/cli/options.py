@@ -20,6 +20,24 @@ Domains = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
+def method_option(help: str) -> Any:
+    """``--option``, for what a method or quantizer knows and the command does not."""
+    return typer.Option(help=help, callback=_no_flags)
+
+
+def _no_flags(context: typer.Context, pairs: list[str]) -> list[str]:
+    """What a command has by itself is not accepted as an option of the method.
+
+    Raises:
+        OptionError: if it is.
+    """
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name in (pair.partition("=")[0] for pair in pairs):
+        if name in flags:
+            raise OptionError(f"{name!r} is no option of the method; the command takes it as {flags[name]}")
+    return pairs
+
+
 def key_values(pairs: Sequence[str]) -> dict[str, Any]:
     """``["copies=4"]`` as ``{"copies": 4}``; values are read as YAML.
 

@@ -4,6 +4,7 @@ Works on numpy arrays and torch tensors alike and imports neither.
 """
 
 from mixtura.core.errors import (
+    CodesError,
     FetchError,
     FileFormatError,
     MixturaError,
@@ -18,6 +19,7 @@ from mixtura.core.routing import Routing
 from mixtura.core.selection import SelectionSpec, select
 
 __all__ = [
+    "CodesError",
     "FetchError",
     "FileFormatError",
     "Method",

@@ -4,8 +4,9 @@
 
 Importing this module registers it, so a folder that was saved so needs no option to be loaded: ``config.json`` names
 the quantizer, and codes and scales are read as they were written. With ``linears=True`` linear layers are quantized,
-too, but for routers and a head that is tied to the embeddings; ``head=True`` unties such a head and quantizes a copy of
-the matrix, which embeddings keep with all its bits. Everything else stays as it is.
+too, but for routers, layers whose weight the model's own code reads (see ``read_weights``) and a head that is tied to
+the embeddings; ``head=True`` unties such a head and quantizes a copy of the matrix, which embeddings keep with all its
+bits. Everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -24,9 +25,22 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixtura.core.errors import NotExpressibleError, OptionError, unknown_name
 from mixtura.hf.native import ROUTER_NAMES
+from mixtura.hf.read_weights import is_read
 from mixtura.nn.experts.quantization import Quantization
-from mixtura.nn.experts.quantized import QuantizedExperts, dequantize_experts, quantize_experts, quantize_stack
-from mixtura.nn.quantized_linear import QuantizedLinear, dequantize_linear, quantize_linear, quantize_matrix
+from mixtura.nn.experts.quantized import (
+    QuantizedExperts,
+    check_experts,
+    dequantize_experts,
+    quantize_experts,
+    quantize_stack,
+)
+from mixtura.nn.quantized_linear import (
+    QuantizedLinear,
+    check_linear,
+    dequantize_linear,
+    quantize_linear,
+    quantize_matrix,
+)
 
 METHOD = "mixtura"
 _FIELDS = tuple(field.name for field in dataclasses.fields(Quantization))
@@ -89,9 +103,12 @@ class MixturaQuantizer(HfQuantizer):
         _quantize(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if self.quantization_config.head and (head := _tied_head(model)) is not None:
+        if self.quantization_config.head and (head := _head_to_untie(model)) is not None:
             _untie(model, head)
             quantize_linear(head, self.quantization_config.quantization)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.is_loading = False
         for module in model.modules():  # loading lets everything learn that is a floating-point number
             if isinstance(module, QuantizedExperts | QuantizedLinear):
                 for name, parameter in module.named_parameters(recurse=False):
@@ -109,12 +126,18 @@ class MixturaQuantizer(HfQuantizer):
         """What makes codes and scales of a weight."""
         return _Quantize()
 
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Give the model weights again; without a type that which they had, converted since as the model was."""
+        self._dequantize(model, dtype)  # theirs takes the configuration's, which a conversion in memory leaves as it is
+        self.remove_quantization_config(model)
+        return model
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for module in list(model.modules()):
             if isinstance(module, QuantizedExperts):
-                dequantize_experts(module, dtype or torch.float32)
+                dequantize_experts(module, dtype)
             elif isinstance(module, QuantizedLinear):
-                dequantize_linear(module, dtype or torch.float32)
+                dequantize_linear(module, dtype)
         return model
 
 
@@ -158,14 +181,20 @@ def quantize_model(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 
 def _quantize(model: PreTrainedModel, config: MixturaQuantizationConfig) -> None:
     """Give all stacked experts, ours and transformers', and if asked for linear layers their new form."""
-    experts = [module for module in model.modules() if _is_stacked(module)]
-    linears = list(_linears(model)) if config.linears else []
+    experts = {name: module for name, module in model.named_modules() if _is_stacked(module)}
+    linears = dict(_linears(model)) if config.linears else {}
     if not experts and not linears:
         wanted = "stacked experts" + (" and no linear layers" if config.linears else "")
         raise NotExpressibleError(f"{type(model).__name__} has no {wanted} to quantize")
-    for module in experts:
+    head = _head_to_untie(model) if config.head else None
+    for name, module in model.named_modules():
+        if name in experts:
+            check_experts(module, config.quantization, name)
+        elif name in linears or module is head:
+            check_linear(module, config.quantization, name)
+    for module in experts.values():
         quantize_experts(module, config.quantization)
-    for linear in linears:
+    for linear in linears.values():
         quantize_linear(linear, config.quantization)
 
 
@@ -174,15 +203,24 @@ def _is_stacked(module: nn.Module) -> bool:
     return "has_gate" in vars(module) and down is not None and down.ndim == 3
 
 
-def _linears(model: PreTrainedModel) -> Iterator[nn.Linear]:
+def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     tied = _tied_head(model)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module is not tied and name.rpartition(".")[2] not in _ROUTERS:
-            yield module
+        if type(module) is not nn.Linear or module is tied or name.rpartition(".")[2] in _ROUTERS:
+            continue
+        if not is_read(model, name):
+            yield name, module
 
 
 def _tied_head(model: PreTrainedModel) -> nn.Linear | None:
-    return model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)  # some configurations lack it
+    return model.get_output_embeddings() if tied else None
+
+
+def _head_to_untie(model: PreTrainedModel) -> nn.Linear | None:
+    head = _tied_head(model)
+    name = next((name for name, module in model.named_modules() if module is head), "")
+    return None if is_read(model, name) else head
 
 
 def _untie(model: PreTrainedModel, head: nn.Linear) -> None:

@@ -9,6 +9,7 @@ T tokens, N outputs, K inputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,34 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mixtura.core.errors import NotExpressibleError
+from mixtura.core.errors import CodesError, NotExpressibleError
 from mixtura.nn.backends.native.library import ExpertsStruct, library
 from mixtura.nn.backends.native.quantized import CodesStruct, QuantizedStruct
 from mixtura.nn.backends.native.tape import DTYPES, FewBits, few_bits_product
-from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, dequantize, quantize
+from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, check, dequantize, quantize
+
+_NO_WEIGHT = "a quantized layer has codes in place of its weight (dequantized() gives the weight)"
+
+
+class CodedWeight:
+    """What others see as the weight of a ``QuantizedLinear``: its type, device and shape, but no values.
+
+    Codes that are taken for weights would make nonsense, and a tensor made of them would not notice what is written.
+
+    Raises:
+        CodesError: if anything else is asked for, or anything is computed of it.
+    """
+
+    def __init__(self, linear: QuantizedLinear, device: torch.device) -> None:
+        self.dtype, self.device = linear.weight_dtype, device
+        self.shape = torch.Size((linear.out_features, linear.in_features))
+
+    def __getattr__(self, name: str) -> Any:
+        raise CodesError(f"{_NO_WEIGHT}, which has no {name!r}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise CodesError(f"{_NO_WEIGHT}, which {getattr(func, '__name__', func)!r} cannot use")
 
 
 class QuantizedLinear(nn.Linear):
@@ -29,9 +53,18 @@ class QuantizedLinear(nn.Linear):
 
     Attributes:
         quantization: how.
+        weight_dtype: type that the weight had, converted since as the model was.
+        is_loading: whether codes are still to come; who brings them sets it to False then.
     """
 
     quantization: Quantization
+    weight_dtype: torch.dtype
+    is_loading: bool
+
+    def __getattr__(self, name: str) -> Any:
+        """The weight is a ``CodedWeight``, and the parameter of that name only while codes are loaded."""
+        found: Any = super().__getattr__(name)
+        return CodedWeight(self, found.device) if name == "weight" and not self.is_loading else found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N)."""
@@ -45,7 +78,8 @@ class QuantizedLinear(nn.Linear):
 
     def codes(self) -> Codes:
         """Those of the weight."""
-        return Codes(self.weight, self.weight_scale, getattr(self, "weight_zero", None))  # type: ignore[arg-type]
+        names = ("weight", "weight_scale", "weight_zero")
+        return Codes(*(self._parameters.get(name) for name in names))  # type: ignore[arg-type]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (N, K) as it was before, up to rounding."""
@@ -75,7 +109,8 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Scales keep their type, whatever type the model is converted to: they belong to the codes."""
-        scale: torch.Tensor = self.weight_scale  # type: ignore[assignment]
+        scale: torch.Tensor = self.weight_scale
+        self.weight_dtype = fn(scale.new_empty(0, dtype=self.weight_dtype)).dtype
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             made = fn(tensor)
@@ -94,12 +129,18 @@ def quantize_linear(linear: nn.Linear, how: Quantization) -> None:
     """
     if type(linear) is not nn.Linear:
         raise NotExpressibleError(f"a plain Linear can be quantized, got {type(linear).__name__}")
+    linear.weight_dtype, linear.is_loading = linear.weight.dtype, linear.weight.is_meta  # type: ignore[assignment]
     codes = quantize_matrix(linear.weight, how)
     for suffix, tensor in zip(("", "_scale", "_zero"), codes, strict=True):
         if tensor is not None:
             linear.register_parameter("weight" + suffix, nn.Parameter(tensor, requires_grad=False))
     linear.quantization = how  # type: ignore[assignment]
     linear.__class__ = QuantizedLinear
+
+
+def check_linear(linear: nn.Linear, how: Quantization, where: str) -> None:
+    """Raise the ``OptionError`` that ``quantize_linear`` would, with the name of the layer, and change nothing."""
+    check(f"{where}.weight", linear.weight.detach(), functools.partial(quantize, how=how))
 
 
 def quantize_matrix(weight_NK: torch.Tensor, how: Quantization) -> Codes:
@@ -113,11 +154,16 @@ def quantize_matrix(weight_NK: torch.Tensor, how: Quantization) -> Codes:
 
 
 @torch.no_grad()
-def dequantize_linear(linear: QuantizedLinear, dtype: torch.dtype) -> None:
-    """Give a quantized layer a weight of that type again, equal to its codes up to rounding, in place."""
-    weight_NK = linear.dequantized(dtype)
-    for name in ("weight", "weight_scale", "weight_zero"):
+def dequantize_linear(linear: QuantizedLinear, dtype: torch.dtype | None = None) -> None:
+    """Give a quantized layer a weight again, equal to its codes up to rounding, in place.
+
+    Args:
+        linear: quantized.
+        dtype: of the weight; None is the type that it had, converted since as the model was.
+    """
+    weight_NK = linear.dequantized(dtype or linear.weight_dtype)
+    for name in ("weight_scale", "weight_zero"):
         linear._parameters.pop(name, None)
-    linear.register_parameter("weight", nn.Parameter(weight_NK))
     linear.__class__ = nn.Linear  # type: ignore[assignment]
-    del linear.quantization
+    linear.register_parameter("weight", nn.Parameter(weight_NK))
+    del linear.quantization, linear.weight_dtype, linear.is_loading

@@ -1,6 +1,7 @@
 """``quantize``: a model with 8 or 4 bits for the weights of experts and linear layers, and what that changed.
 
-Bits are taken away module by module; routers, embeddings, norms and a head that is tied to the embeddings keep theirs.
+Bits are taken away module by module; routers, embeddings, norms, layers whose weight the model's own code reads and a
+head that is tied to the embeddings keep theirs.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ are in the low halves of bytes and 8i+4..8i+7 in the high ones. The library of `
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from mixtura.core.errors import OptionError
 PANEL, BLOCK = 16, 32
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_NOT_FINITE = "weights must be finite to be quantized, got NaN or infinity"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ def quantize(weight_NK: torch.Tensor, how: Quantization) -> Codes:
     N, K = weight_NK.shape
     groups_NGS = F.pad(weight_NK.float(), (0, -K % how.group_size)).view(N, -1, how.group_size)
     if not groups_NGS.isfinite().all():
-        raise OptionError("weights must be finite to be quantized, got NaN or infinity")
+        raise OptionError(_NOT_FINITE)
     scale_NG1, zero_NG1 = _with_zero(groups_NGS, how) if how.zero_point else _around_middle(groups_NGS, how)
     scale_NG1 = scale_NG1.to(SCALE_DTYPES[how.scale_dtype])
     if not scale_NG1.isfinite().all():
@@ -114,6 +116,33 @@ def quantize(weight_NK: torch.Tensor, how: Quantization) -> Codes:
     codes_NK = _codes(groups_NGS, scale_NG1.float(), zero_NG1, how).view(N, -1)[:, : K + -K % BLOCK]
     zeros_NG = zero_NG1.expand_as(scale_NG1)[..., 0].to(torch.uint8) if how.zero_point else None
     return _pack(codes_NK.to(torch.uint8), scale_NG1[..., 0], zeros_NG, how)
+
+
+def check(name: str, weight: torch.Tensor, trial: Callable[[torch.Tensor], Any]) -> None:
+    """Find in a small part of its time whether a weight can be quantized; on the meta device it can.
+
+    A scale is at most a fifth of its group's largest weight, so that only weights that are larger than any number in
+    float16 can be too large for one; they are quantized on trial.
+
+    Args:
+        name: of the weight, for errors.
+        weight: a matrix, or a stack of them.
+        trial: what quantizes one of the matrices.
+
+    Raises:
+        OptionError: if it cannot.
+    """
+    if weight.is_meta or not weight.numel():
+        return
+    low, high = (float(end) for end in weight.aminmax())
+    try:
+        if not math.isfinite(high - low):
+            raise OptionError(_NOT_FINITE)
+        if max(-low, high) > torch.finfo(torch.float16).max:
+            for matrix in weight[None] if weight.ndim == 2 else weight:
+                trial(matrix)
+    except OptionError as error:
+        raise OptionError(f"{name}: {error}") from None
 
 
 def dequantize(codes: Codes, rows: tuple[int, ...], inputs: int, how: Quantization) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from mixtura.core.errors import NotExpressibleError
 from mixtura.nn.backends.naive import one_expert
 from mixtura.nn.backends.native.quantized import compute_quantized, why_not_quantized
-from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, dequantize, join_codes, quantize
+from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, check, dequantize, join_codes, quantize
 
 
 class QuantizedExperts(nn.Module):
@@ -31,11 +31,13 @@ class QuantizedExperts(nn.Module):
         quantization: how.
         rows: rows of the quantized matrices by the name of a weight, gate and up apart.
         inputs: inputs of each weight.
+        weight_dtype: type that the weights had, converted since as the model was.
     """
 
     quantization: Quantization
     rows: dict[str, tuple[int, ...]]
     inputs: dict[str, int]
+    weight_dtype: torch.dtype
 
     def forward(self, hidden_TD: torch.Tensor, indices_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Seam 2: sum over the slots of weight times expert; slots of index E are skipped."""
@@ -61,9 +63,15 @@ class QuantizedExperts(nn.Module):
             numbers |= {id(codes): len(codes) * sum(rows) * self.inputs[name], **dict.fromkeys(map(id, others), 0)}
         return numbers
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by the class that the experts had before: their own is made anew."""
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Scales keep their type, whatever type the model is converted to: they belong to the codes."""
         scales = {id(getattr(self, f"{name}_scale")) for name in self.rows}
+        like: torch.Tensor = self.down_proj  # type: ignore[assignment]
+        self.weight_dtype = fn(like.new_empty(0, dtype=self.weight_dtype)).dtype
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             made = fn(tensor)
@@ -88,16 +96,11 @@ def quantize_experts(experts: nn.Module, how: Quantization) -> None:
         NotExpressibleError: if they are quantized already, or have no floating-point weights.
         OptionError: if a weight cannot be quantized.
     """
-    if isinstance(experts, QuantizedExperts):
-        raise NotExpressibleError("experts are quantized already")
-    weights = {name: getattr(experts, name) for name in weight_names(experts)}
-    for name, weight in weights.items():
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.ndim != 3:
-            raise NotExpressibleError(f"{name} must be a stack of floating-point matrices to be quantized")
+    weights = _weights(experts)
     made = {name: quantize_stack(experts, name, weight, how) for name, weight in weights.items()}
     experts.rows = {name: rows_of(experts, name, weight) for name, weight in weights.items()}  # type: ignore[assignment]
     experts.inputs = {name: w.shape[1 if experts.is_transposed else 2] for name, w in weights.items()}  # type: ignore[assignment]
-    experts.quantization = how  # type: ignore[assignment]
+    experts.quantization, experts.weight_dtype = how, weights["down_proj"].dtype  # type: ignore[assignment]
     for name, codes in made.items():
         for suffix, tensor in zip(("", "_scale", "_zero"), codes, strict=True):
             if tensor is not None:
@@ -105,9 +108,41 @@ def quantize_experts(experts: nn.Module, how: Quantization) -> None:
     experts.__class__ = _quantized_class(type(experts))  # type: ignore[arg-type]
 
 
-def dequantize_experts(experts: nn.Module, dtype: torch.dtype) -> None:
-    """Give quantized experts weights of that type again, equal to their codes up to its rounding, in place."""
+def check_experts(experts: nn.Module, how: Quantization, where: str) -> None:
+    """Raise what ``quantize_experts`` would, and change nothing.
+
+    Args:
+        experts: likewise.
+        how: likewise.
+        where: their name, for errors about a weight.
+
+    Raises:
+        NotExpressibleError: likewise.
+        OptionError: likewise.
+    """
+    for name, weight in _weights(experts).items():
+        check(f"{where}.{name}", weight.detach(), functools.partial(_quantize_one, experts, name, how=how))
+
+
+def _weights(experts: nn.Module) -> dict[str, torch.Tensor]:
+    if isinstance(experts, QuantizedExperts):
+        raise NotExpressibleError("experts are quantized already")
+    weights = {name: getattr(experts, name) for name in weight_names(experts)}
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.ndim != 3:
+            raise NotExpressibleError(f"{name} must be a stack of floating-point matrices to be quantized")
+    return weights
+
+
+def dequantize_experts(experts: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Give quantized experts weights again, equal to their codes up to rounding, in place.
+
+    Args:
+        experts: quantized.
+        dtype: of the weights; None is the type that they had, converted since as the model was.
+    """
     assert isinstance(experts, QuantizedExperts)
+    dtype = dtype or experts.weight_dtype
     made = {
         name: torch.stack([experts.weight(name, e, dtype) for e in range(len(getattr(experts, name)))])
         for name in experts.rows
@@ -117,7 +152,7 @@ def dequantize_experts(experts: nn.Module, dtype: torch.dtype) -> None:
         for suffix in ("_scale", "_zero"):
             experts._parameters.pop(name + suffix, None)
         experts.register_parameter(name, nn.Parameter(weight))
-    del experts.rows, experts.inputs, experts.quantization
+    del experts.rows, experts.inputs, experts.quantization, experts.weight_dtype
 
 
 def rows_of(experts: Any, name: str, weight: torch.Tensor) -> tuple[int, ...]:
@@ -147,6 +182,12 @@ def _quantize_one(experts: Any, name: str, weight: torch.Tensor, how: Quantizati
 @functools.cache
 def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{cls.__name__}", (QuantizedExperts, cls), {"__module__": cls.__module__})
+
+
+def _empty(cls: type[nn.Module]) -> nn.Module:
+    """Quantized experts of a class, before their state is set."""
+    made = _quantized_class(cls)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 class _Dequantized:
