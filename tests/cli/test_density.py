@@ -68,3 +68,24 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "report.html").exists()
+
+
+def test_no_file_is_written_over_another(tmp_path):
+    path = table(tmp_path)
+    before, link = path.read_bytes(), tmp_path / "link.csv"
+    link.symlink_to(path)
+    report = tmp_path / "r.html"
+    wrong = [
+        (["--out", path], "--out must be another file than the table"),
+        (["--out", report, "--assign", tmp_path / "." / "table.csv"], "--assign must be another file than the table"),
+        (["--out", report, "--save", link], "--save must be another file than the table"),
+        (["--out", report, "--save", report], "--save must be another file than --out"),
+        (["--out", report, "--save", tmp_path / "m", "--assign", tmp_path / "m"], "--assign must be another file than"),
+    ]
+    for arguments, message in wrong:
+        done = run(path, *arguments)
+        assert done.exit_code == 2
+        assert message in done.stderr
+    assert path.read_bytes() == before
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link.csv", "table.csv"]
+    assert "another file" in run(tmp_path / "none.csv", "--out", tmp_path / "none.csv").stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +36,8 @@ def fit(
     from mixtura.density.report import plain, write_report
     from mixtura.density.table import read_table
 
+    targets = {name: path for name, path in (("--out", out), ("--save", save), ("--assign", assign)) if path}
+    _check_distinct({"the table": data, **targets})
     families_asked = "all" if families == "all" else _by_comma(families)
     found = fit_table(
         read_table(data),
@@ -54,6 +58,16 @@ def fit(
         _write_components(assign, found.components_N, found.probabilities_N)
     result = {"report": str(out), "criterion": criterion, "score": found.search.best_.score, **told}
     show(plain(result), as_json=as_json, lines=_lines(out, told))
+
+
+def _check_distinct(paths: Mapping[str, Path]) -> None:
+    """Raise ``OptionError`` if two of the files are one, also through links."""
+    from mixtura.core.errors import OptionError
+
+    for (name, path), (other, other_path) in combinations(paths.items(), 2):
+        same = os.path.realpath(path) == os.path.realpath(other_path)
+        if same or (path.exists() and other_path.exists() and path.samefile(other_path)):
+            raise OptionError(f"{other} must be another file than {name}, got {str(other_path)!r} for both")
 
 
 def _by_comma(text: str) -> list[str]:
