@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from typer.testing import CliRunner
 
 from density.tables import rows
@@ -89,3 +90,14 @@ def test_no_file_is_written_over_another(tmp_path):
     assert path.read_bytes() == before
     assert sorted(one.name for one in tmp_path.iterdir()) == ["link.csv", "table.csv"]
     assert "another file" in run(tmp_path / "none.csv", "--out", tmp_path / "none.csv").stderr
+
+
+def test_each_row_has_a_line_of_its_own(tmp_path):
+    path, assigned = tmp_path / "t.csv", tmp_path / "components.csv"
+    path.write_text("a,b\n" + "".join(f"{a:.3f},{b:.3f}\n{',' * (i == 7)}\n" for i, (a, b, _) in enumerate(X)))
+    done = run(path, "--components", 2, "--families", "EII", "--out", tmp_path / "r.html", "--assign", assigned)
+    assert done.exit_code == 0
+    found = np.loadtxt(assigned, delimiter=",", skiprows=1)
+    assert len(found) == len(X) + 1
+    alone = GaussianMixture(2, covariance="EII", random_state=0).fit(X[:, :2])
+    assert found[8, 1] == pytest.approx(alone.weights_.max(), abs=0.05)

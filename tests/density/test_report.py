@@ -46,6 +46,20 @@ def test_lines_without_names_and_double_names(tmp_path):
     assert read_table(written(tmp_path, "a\n3\n4\n")).data_ND.shape == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("a,b\n1,2\n,\n3,4\n , \n", [[1, 2], [np.nan, np.nan], [3, 4], [np.nan, np.nan]]),
+        ("1,2\n\n,\n  \n3,4\n", [[1, 2], [np.nan, np.nan], [3, 4]]),
+        (",\na,b\n1,2\n", [[1, 2]]),
+        ("a\tb\n1\t2\n\t\n", [[1, 2], [np.nan, np.nan]]),
+        ('a\n1\n""\n\n2\n', [[1], [np.nan], [2]]),
+    ],
+)
+def test_a_row_without_values_is_a_row_and_an_empty_line_is_not(text, values, tmp_path):
+    np.testing.assert_array_equal(read_table(written(tmp_path, text)).data_ND, values)
+
+
 def test_text_columns_are_left_out_by_name(tmp_path):
     table = read_table(written(tmp_path, "a,kind,b\n1,x,2\n\n3,4,inf\n"))
     assert table.names == ["a"]
@@ -116,6 +130,17 @@ def to_frame(data, names="abc"):
     import pandas
 
     return pandas.DataFrame(data, columns=list(names))
+
+
+def test_rows_without_values_have_a_component_and_change_none():
+    gaps = X.copy()
+    gaps[[3, 70]] = np.nan
+    found, without = (fit_table(table_of(data), **SMALL) for data in (gaps, np.delete(X, [3, 70], 0)))
+    best = found.search.best_estimator_
+    assert found.notes == ["2 rows hold no value: there the components are as probable as their weights say."]
+    assert (found.components_N[[3, 70]] == best.weights_.argmax()).all()
+    np.testing.assert_allclose(found.probabilities_N[[3, 70]], best.weights_.max())
+    np.testing.assert_allclose(*(np.sort(one.search.best_estimator_.means_, 0) for one in (found, without)), atol=0.05)
 
 
 def test_weights_of_a_column():

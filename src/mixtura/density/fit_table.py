@@ -84,6 +84,7 @@ def fit_table(
         reasons = "; ".join(f"{name!r} {reason}" for name, reason in table.left_out.items())
         raise OptionError(f"no column can be fitted: {reasons}")
     notes = [f"Column {name!r} was left out: it {reason}." for name, reason in table.left_out.items()]
+    notes += _about_rows(table.data_ND)
     search = MixtureSearch(
         n_components,
         covariance=covariance,
@@ -109,6 +110,12 @@ def _search(search: MixtureSearch, data_ND: Floats, weights_N: Floats | None, ro
     search.fit(data_ND[index], sample_weight=None if weights_N is None else weights_N[index])
     search.best_estimator_.set_params(warm_start=True).fit(data_ND, sample_weight=weights_N)
     return [f"The model was chosen on {rows:,} rows drawn at random, then fitted to all {len(data_ND):,}."]
+
+
+def _about_rows(data_ND: Floats) -> list[str]:
+    empty = int(np.isnan(data_ND).all(1).sum())
+    rows = "1 row holds" if empty == 1 else f"{empty:,} rows hold"
+    return [f"{rows} no value: there the components are as probable as their weights say."] if empty else []
 
 
 def _weights(table: Table, name: str) -> Floats:

@@ -59,7 +59,8 @@ def read_table(path: str | Path) -> Table:
     """Read a .npy array (mapped, not loaded), or delimited text with or without a line of names.
 
     Columns that hold anything but numbers are left out by name. Empty cells, NA, NaN, null and ? are missing values;
-    where the delimiter is no comma, a comma may be the decimal sign.
+    a row of nothing else is a row, an empty line is none. Where the delimiter is no comma, a comma may be the decimal
+    sign.
 
     Raises:
         FileFormatError: if it is neither, is empty, or lines have different numbers of cells.
@@ -84,12 +85,13 @@ def _read_text(path: Path) -> Table:
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{str(path)!r} is not text in UTF-8: {error.reason} at byte {error.start}") from error
     numbers, rows = _cells(path, lines)
-    if not rows:
+    first = next((i for i, row in enumerate(rows) if any(cell.strip() for cell in row)), None)
+    if first is None:
         raise FileFormatError(f"{str(path)!r} is empty")
     comma = _delimiter(lines) != ","
-    named = any(_number(cell, comma) is None for cell in rows[0])
-    names = _unique([cell.strip() for cell in rows[0]] if named else [f"column {d}" for d in range(len(rows[0]))])
-    rows, numbers = (rows[1:], numbers[1:]) if named else (rows, numbers)
+    named = any(_number(cell, comma) is None for cell in rows[first])
+    names = _unique([cell.strip() for cell in rows[first]] if named else [f"column {d}" for d in range(len(rows[0]))])
+    rows, numbers = (rows[first + 1 :], numbers[first + 1 :]) if named else (rows, numbers)
     if not rows:
         raise FileFormatError(f"{str(path)!r} holds names of columns, and no row")
     columns, left_out = {}, {}
@@ -103,11 +105,11 @@ def _read_text(path: Path) -> Table:
 
 
 def _cells(path: Path, lines: list[str]) -> tuple[list[int], list[list[str]]]:
-    """Cells of the lines that are not empty, and the numbers of those lines."""
+    """Cells of the lines that are not blank, and the numbers of those lines."""
     reader = csv.reader(lines, delimiter=_delimiter(lines), skipinitialspace=True)
     numbers, rows = [], []
     for row in reader:
-        if any(cell.strip() for cell in row):
+        if len(row) > 1 or lines[reader.line_num - 1].strip():
             numbers.append(reader.line_num)
             rows.append(row)
             if len(row) != len(rows[0]):
