@@ -47,6 +47,51 @@ def test_lines_without_names_and_double_names(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "names", "values"),
+    [
+        ("5,1;1,4\n4,9;1,4\n", ["column 0", "column 1"], [[5.1, 1.4], [4.9, 1.4]]),
+        ("length, in cm;width, in cm\n5,1;1,4\n4,9;2\n", ["length, in cm", "width, in cm"], [[5.1, 1.4], [4.9, 2]]),
+        ("a, b\tc, d\n1,5\t2,5\n", ["a, b", "c, d"], [[1.5, 2.5]]),
+        ('"a";"b, in cm, at noon"\n5;1,4\n', ["a", "b, in cm, at noon"], [[5, 1.4]]),
+    ],
+)
+def test_a_semicolon_or_a_tab_delimits_before_a_comma(text, names, values, tmp_path):
+    table = read_table(written(tmp_path, text))
+    assert table.names == names
+    np.testing.assert_array_equal(table.data_ND, values)
+    assert table.notes == ["Commas in numbers were read as decimal signs."]
+
+
+def test_a_comma_delimits_where_others_do_not_split_all_lines_alike(tmp_path):
+    table = read_table(written(tmp_path, 'a,b,kind\n1,2,"x;y"\n3,4,"x;y;z"\n'))
+    assert (table.names, table.notes) == (["a", "b"], [])
+    wide = ",".join(["12345678"] * 30_000)
+    assert read_table(written(tmp_path, f"{wide}\n{wide}\n")).data_ND.shape == (2, 30_000)
+
+
+def test_decimal_commas_are_told_with_the_fit(tmp_path):
+    lines = [";".join(f"{value:.4f}".replace(".", ",") for value in row) for row in X]
+    found = fit_table(read_table(written(tmp_path, "\n".join(lines))), columns=["column 1"], **SMALL)
+    assert found.notes == ["Commas in numbers were read as decimal signs."]
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "data", "notes"),
+    [
+        ("5.1,3.5,setosa\n4.9,3,setosa\n", ["column 0", "column 1"], [[5.1, 3.5], [4.9, 3]], 1),
+        ("NA,3.5,setosa\n4.9,3,setosa\n", ["column 0", "column 1"], [[np.nan, 3.5], [4.9, 3]], 1),
+        ("2019,2020\n1,2\n", ["column 0", "column 1"], [[2019, 2020], [1, 2]], 0),
+        ("a,na,inf\n1,2,3\n", ["a", "na", "inf"], [[1, 2, 3]], 0),
+    ],
+)
+def test_a_line_with_a_number_holds_no_names(text, names, data, notes, tmp_path):
+    table = read_table(written(tmp_path, text))
+    assert table.names == names
+    np.testing.assert_array_equal(table.data_ND, data)
+    assert table.notes == ["The first line was read as a row, not as names of columns: it holds numbers."] * notes
+
+
+@pytest.mark.parametrize(
     ("text", "values"),
     [
         ("a,b\n1,2\n,\n3,4\n , \n", [[1, 2], [np.nan, np.nan], [3, 4], [np.nan, np.nan]]),
@@ -83,6 +128,7 @@ def test_arrays_are_mapped(tmp_path):
         ("", "t.csv", "is empty"),
         ("a,b\n", "t.csv", "holds names of columns, and no row"),
         ("a,b\n1,2\n3\n", "t.csv", "has 1 cells in line 3, and 2 in the first"),
+        ("x" * 200_000, "t.csv", "is no table: field larger than field limit"),
         (b"a\xff\n", "t.csv", "is not text in UTF-8: invalid start byte at byte 1"),
         (b"\x93NUMPY", "t.npy", "is no array of numbers"),
     ],

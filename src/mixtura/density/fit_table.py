@@ -31,7 +31,7 @@ class FittedTable(NamedTuple):
         weights_N: of the rows, or None.
         components_N: component of each row, -1 for noise.
         probabilities_N: and how sure that is.
-        notes: what was left out, and why.
+        notes: how the table was understood, what was left out, and why.
     """
 
     search: MixtureSearch
@@ -83,7 +83,8 @@ def fit_table(
     if not table.names:
         reasons = "; ".join(f"{name!r} {reason}" for name, reason in table.left_out.items())
         raise OptionError(f"no column can be fitted: {reasons}")
-    notes = [f"Column {name!r} was left out: it {reason}." for name, reason in table.left_out.items()]
+    notes = list(table.notes)
+    notes += [f"Column {name!r} was left out: it {reason}." for name, reason in table.left_out.items()]
     notes += _about_rows(table.data_ND)
     search = MixtureSearch(
         n_components,

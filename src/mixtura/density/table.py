@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mixtura.core.errors import FileFormatError, OptionError, unknown_name
 
 Floats = NDArray[np.floating]
-DELIMITERS = (",", ";", "\t", "|")
+DELIMITERS = (";", "\t", "|", ",")  # a comma last: it may be a decimal sign
 MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-"}
 
 
@@ -25,11 +25,13 @@ class Table:
         names: of the D columns.
         data_ND: their values; NaN where one is missing.
         left_out: why a column of the file is not here, by name.
+        notes: how the file was understood, where it could be otherwise.
     """
 
     names: list[str]
     data_ND: Floats
     left_out: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> int:
         """Index of a column.
@@ -46,13 +48,13 @@ class Table:
     def only(self, names: Sequence[str]) -> Table:
         """The table of some columns, in the order given."""
         index = [self.column(name) for name in names]
-        return Table(list(names), self.data_ND[:, index])
+        return Table(list(names), self.data_ND[:, index], notes=self.notes)
 
     def without(self, reasons: dict[str, str]) -> Table:
         """The table without some columns, and why."""
         kept = [name for name in self.names if name not in reasons]
         index = [self.names.index(name) for name in kept]
-        return Table(kept, self.data_ND[:, index], {**self.left_out, **reasons})
+        return Table(kept, self.data_ND[:, index], {**self.left_out, **reasons}, self.notes)
 
 
 def read_table(path: str | Path) -> Table:
@@ -84,49 +86,83 @@ def _read_text(path: Path) -> Table:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{str(path)!r} is not text in UTF-8: {error.reason} at byte {error.start}") from error
-    numbers, rows = _cells(path, lines)
-    first = next((i for i, row in enumerate(rows) if any(cell.strip() for cell in row)), None)
-    if first is None:
-        raise FileFormatError(f"{str(path)!r} is empty")
-    comma = _delimiter(lines) != ","
-    named = any(_number(cell, comma) is None for cell in rows[first])
-    names = _unique([cell.strip() for cell in rows[first]] if named else [f"column {d}" for d in range(len(rows[0]))])
-    rows, numbers = (rows[first + 1 :], numbers[first + 1 :]) if named else (rows, numbers)
-    if not rows:
-        raise FileFormatError(f"{str(path)!r} holds names of columns, and no row")
-    columns, left_out = {}, {}
+    delimiter = _delimiter(lines)
+    try:
+        numbers, rows = _cells(path, lines, delimiter)
+    except csv.Error as error:
+        raise FileFormatError(f"{str(path)!r} is no table: {error}") from error
+    names, begin, notes = _head(path, rows, comma=delimiter != ",")
+    rows, numbers = rows[begin:], numbers[begin:]
+    columns, left_out, commas = {}, {}, False
     for d, name in enumerate(names):
-        values, reason = _column([row[d] for row in rows], numbers, comma)
+        cells = [row[d] for row in rows]
+        values, reason = _column(cells, numbers, comma=delimiter != ",")
         if reason:
             left_out[name] = reason
         else:
             columns[name] = values
-    return Table(list(columns), np.array(list(columns.values())).reshape(len(columns), -1).T, left_out)
+            commas = commas or any("," in cell for cell in cells)
+    if commas:
+        notes = [*notes, "Commas in numbers were read as decimal signs."]
+    data_ND = np.array(list(columns.values())).reshape(len(columns), -1).T
+    return Table(list(columns), data_ND, left_out, notes)
 
 
-def _cells(path: Path, lines: list[str]) -> tuple[list[int], list[list[str]]]:
+def _head(path: Path, rows: list[list[str]], *, comma: bool) -> tuple[list[str], int, list[str]]:
+    """Names of the columns, where the rows begin, and what must be said of it; a line with a number holds no names."""
+    first = next((i for i, row in enumerate(rows) if any(cell.strip() for cell in row)), None)
+    if first is None:
+        raise FileFormatError(f"{str(path)!r} is empty")
+    numbers = [_number(cell, comma) for cell in rows[first]]
+    text = any(number is None for number in numbers)
+    if not text or any(number is not None and np.isfinite(number) for number in numbers):
+        notes = ["The first line was read as a row, not as names of columns: it holds numbers."] if text else []
+        return [f"column {d}" for d in range(len(numbers))], 0, notes
+    if len(rows) == first + 1:
+        raise FileFormatError(f"{str(path)!r} holds names of columns, and no row")
+    return _unique([cell.strip() for cell in rows[first]]), first + 1, []
+
+
+def _cells(path: Path, lines: list[str], delimiter: str) -> tuple[list[int], list[list[str]]]:
     """Cells of the lines that are not blank, and the numbers of those lines."""
-    reader = csv.reader(lines, delimiter=_delimiter(lines), skipinitialspace=True)
     numbers, rows = [], []
-    for row in reader:
-        if len(row) > 1 or lines[reader.line_num - 1].strip():
-            numbers.append(reader.line_num)
-            rows.append(row)
-            if len(row) != len(rows[0]):
-                raise FileFormatError(
-                    f"{str(path)!r} has {len(row)} cells in line {reader.line_num}, and {len(rows[0])} in the first"
-                )
+    for number, row in _rows(lines, delimiter):
+        numbers.append(number)
+        rows.append(row)
+        if len(row) != len(rows[0]):
+            raise FileFormatError(
+                f"{str(path)!r} has {len(row)} cells in line {number}, and {len(rows[0])} in the first"
+            )
     return numbers, rows
 
 
+def _rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+    return ((reader.line_num, row) for row in reader if len(row) > 1 or lines[reader.line_num - 1].strip())
+
+
 def _delimiter(lines: list[str]) -> str:
-    """The delimiter that most evenly splits the first lines."""
+    """The first delimiter that splits all lines alike, or else the one that most evenly splits the first lines."""
+    return next((one for one in DELIMITERS if _splits(lines, one)), None) or _nearest_delimiter(lines)
+
+
+def _splits(lines: list[str], delimiter: str) -> bool:
+    """Whether all rows have the same number of cells, of at least two."""
+    try:
+        widths = (len(row) for _, row in _rows(lines, delimiter))
+        first = next(widths, 0)
+        return first > 1 and all(width == first for width in widths)
+    except csv.Error:
+        return False
+
+
+def _nearest_delimiter(lines: list[str]) -> str:
     first = [line for line in lines[:50] if line.strip()]
 
     def least(delimiter: str) -> int:
         return min((line.count(delimiter) for line in first), default=0)
 
-    return max(DELIMITERS, key=least)
+    return max(reversed(DELIMITERS), key=least)
 
 
 def _number(cell: str, comma: bool) -> float | None:
