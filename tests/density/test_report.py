@@ -122,6 +122,19 @@ def test_arrays_are_mapped(tmp_path):
     np.testing.assert_array_equal(table.data_ND, X)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_infinite_columns_of_arrays_are_left_out(dtype, tmp_path):
+    data = X.astype(dtype)
+    data[7, 1], data[9, 1], data[3, 2] = -np.inf, np.nan, np.nan
+    np.save(tmp_path / "table.npy", data)
+    table = read_table(tmp_path / "table.npy")
+    np.testing.assert_array_equal(table.data_ND, data[:, [0, 2]])
+    assert table.left_out == {"column 1": "holds an infinite value in row 7, counted from 0"}
+    np.save(tmp_path / "table.npy", data[:, 1:2])
+    with pytest.raises(FileFormatError, match=r"no column of .* finite numbers: 'column 0' holds an infinite"):
+        read_table(tmp_path / "table.npy")
+
+
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
@@ -129,6 +142,8 @@ def test_arrays_are_mapped(tmp_path):
         ("a,b\n", "t.csv", "holds names of columns, and no row"),
         ("a,b\n1,2\n3\n", "t.csv", "has 1 cells in line 3, and 2 in the first"),
         ("x" * 200_000, "t.csv", "is no table: field larger than field limit"),
+        ("a,b\nx,y\nz,w\n", "t.csv", "finite numbers: 'a' holds text such as 'x' in line 2; 'b' holds text"),
+        ("a,b,c,d,e\nx,x,x,x,inf\n", "t.csv", "in line 2; and 2 more"),
         (b"a\xff\n", "t.csv", "is not text in UTF-8: invalid start byte at byte 1"),
         (b"\x93NUMPY", "t.npy", "is no array of numbers"),
     ],
@@ -196,6 +211,10 @@ def test_weights_of_a_column():
     assert found.search.best_[:2] == many.search.best_[:2]
     assert found.search.best_.score == pytest.approx(many.search.best_.score, rel=1e-6)
     assert found.notes == ["Column 'w' was left out: it holds the weights."]
+    few = np.where(np.isin(np.arange(200), [3, 50, 51, 120, 160, 199]), weights + 1, 0)
+    found = fit_table(table_of(np.c_[X, few], "abcw"), weight="w", n_components=[1], covariance="VVI", rows=4)
+    assert found.notes[1:] == ["The model was chosen on 4 rows drawn at random, then fitted to all 6 with a weight."]
+    np.testing.assert_allclose(found.search.best_estimator_.means_[0], np.average(X, 0, few), rtol=1e-6)
     with pytest.raises(OptionError, match="weights in column 'c' must not be missing, negative"):
         fit_table(table_of(X), weight="c")
 

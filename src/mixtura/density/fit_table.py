@@ -104,13 +104,16 @@ def fit_table(
 
 
 def _search(search: MixtureSearch, data_ND: Floats, weights_N: Floats | None, rows: int, seed: Any) -> list[str]:
-    if len(data_ND) <= rows:
+    counted = np.arange(len(data_ND)) if weights_N is None else np.flatnonzero(weights_N)
+    if len(counted) <= rows:
         search.fit(data_ND, sample_weight=weights_N)
         return []
-    index = np.sort(np.random.default_rng(seed).choice(len(data_ND), rows, replace=False))
+    index = np.sort(np.random.default_rng(seed).choice(counted, rows, replace=False))
     search.fit(data_ND[index], sample_weight=None if weights_N is None else weights_N[index])
     search.best_estimator_.set_params(warm_start=True).fit(data_ND, sample_weight=weights_N)
-    return [f"The model was chosen on {rows:,} rows drawn at random, then fitted to all {len(data_ND):,}."]
+    search.best_estimator_.set_params(warm_start=False)
+    which = f"all {len(counted):,}" + " with a weight" * (len(counted) < len(data_ND))
+    return [f"The model was chosen on {rows:,} rows drawn at random, then fitted to {which}."]
 
 
 def _about_rows(data_ND: Floats) -> list[str]:

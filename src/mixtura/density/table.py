@@ -65,7 +65,7 @@ def read_table(path: str | Path) -> Table:
     sign.
 
     Raises:
-        FileFormatError: if it is neither, is empty, or lines have different numbers of cells.
+        FileFormatError: if it is neither, is empty, has no column of numbers, or lines of different numbers of cells.
     """
     path = Path(path)
     return _read_array(path) if path.suffix == ".npy" else _read_text(path)
@@ -78,7 +78,24 @@ def _read_array(path: Path) -> Table:
         raise FileFormatError(f"{str(path)!r} is no array of numbers: {error}") from error
     if data_ND.ndim != 2 or data_ND.dtype.kind not in "iuf" or not data_ND.size:
         raise FileFormatError(f"{str(path)!r} must hold a table of numbers, got {data_ND.dtype} {data_ND.shape}")
-    return Table([f"column {d}" for d in range(data_ND.shape[1])], data_ND)
+    table = Table([f"column {d}" for d in range(data_ND.shape[1])], data_ND)
+    infinite = _infinite(data_ND) if data_ND.dtype.kind == "f" else {}
+    return _not_empty(path, table.without(infinite) if infinite else table)
+
+
+def _infinite(data_ND: Floats) -> dict[str, str]:
+    """Columns of an array with an infinite value, and why they are left out."""
+    infinite_D = np.isinf(np.fmax.reduce(data_ND, axis=0)) | np.isinf(np.fmin.reduce(data_ND, axis=0))
+    rows = {int(d): int(np.isinf(data_ND[:, d]).argmax()) for d in np.flatnonzero(infinite_D)}
+    return {f"column {d}": f"holds an infinite value in row {row}, counted from 0" for d, row in rows.items()}
+
+
+def _not_empty(path: Path, table: Table) -> Table:
+    if not table.names:
+        reasons = [f"{name!r} {reason}" for name, reason in table.left_out.items()]
+        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        raise FileFormatError(f"no column of {str(path)!r} holds finite numbers: {'; '.join(reasons[:3])}{more}")
+    return table
 
 
 def _read_text(path: Path) -> Table:
@@ -92,20 +109,26 @@ def _read_text(path: Path) -> Table:
     except csv.Error as error:
         raise FileFormatError(f"{str(path)!r} is no table: {error}") from error
     names, begin, notes = _head(path, rows, comma=delimiter != ",")
-    rows, numbers = rows[begin:], numbers[begin:]
-    columns, left_out, commas = {}, {}, False
+    columns, left_out = _columns(names, rows[begin:], numbers[begin:], comma=delimiter != ",")
+    table = Table(list(columns), np.array(list(columns.values())).reshape(-1, len(rows) - begin).T, left_out, notes)
+    used = [d for d, name in enumerate(names) if name in columns]
+    if delimiter != "," and any("," in row[d] for row in rows[begin:] for d in used):
+        notes.append("Commas in numbers were read as decimal signs.")
+    return _not_empty(path, table)
+
+
+def _columns(
+    names: list[str], rows: list[list[str]], numbers: list[int], *, comma: bool
+) -> tuple[dict[str, Floats], dict[str, str]]:
+    """Values of the columns that hold numbers, and why others cannot be used."""
+    columns, left_out = {}, {}
     for d, name in enumerate(names):
-        cells = [row[d] for row in rows]
-        values, reason = _column(cells, numbers, comma=delimiter != ",")
+        values, reason = _column([row[d] for row in rows], numbers, comma)
         if reason:
             left_out[name] = reason
         else:
             columns[name] = values
-            commas = commas or any("," in cell for cell in cells)
-    if commas:
-        notes = [*notes, "Commas in numbers were read as decimal signs."]
-    data_ND = np.array(list(columns.values())).reshape(len(columns), -1).T
-    return Table(list(columns), data_ND, left_out, notes)
+    return columns, left_out
 
 
 def _head(path: Path, rows: list[list[str]], *, comma: bool) -> tuple[list[str], int, list[str]]:
