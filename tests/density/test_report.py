@@ -6,10 +6,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from sklearn.datasets import load_iris
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
 
 from density.tables import rows, with_holes
-from mixtura.core.errors import FileFormatError, OptionError, UnknownNameError
-from mixtura.density import GaussianMixture, MixtureSearch
+from mixtura.core.errors import FileFormatError, OptionError, ShapeError, UnknownNameError
+from mixtura.density import GaussianMixture, GaussianMixtureRegressor, MixtureSearch, SplitMergeMixture
 from mixtura.density._svg import HEIGHT, LEFT, WIDTH, Plot, ticks
 from mixtura.density._words import choice_words, components_of, family_words
 from mixtura.density.families import FAMILIES
@@ -291,6 +293,40 @@ def test_report_of_one_mixture_of_one_column_with_holes_and_noise(tmp_path):
         assert len(pictures(html)) == 1
         assert ("is noise, spread evenly" in html) == noise
         assert any("of the values are missing" in one for one in told["cautions"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (-np.ones(200), OptionError, "must not be missing, infinite, negative, or all 0"),
+        (np.full(200, np.nan), OptionError, "must not be missing"),
+        (np.r_[np.inf, np.ones(199)], OptionError, "must not be missing"),
+        (np.zeros(200), OptionError, "must not be missing"),
+        (np.ones(3), ShapeError, r"a weight for each of 200 rows, got shape \(3,\)"),
+        (np.ones((200, 1)), ShapeError, r"a weight for each of 200 rows, got shape \(200, 1\)"),
+        (["a"] * 200, OptionError, "sample_weight must be numbers"),
+    ],
+)
+def test_no_report_of_weights_that_are_none(weights, error, message, tmp_path):
+    mixture = GaussianMixture(2, random_state=0).fit(X)
+    with pytest.raises(error, match=message):
+        write_report(tmp_path / "report.html", mixture, X, sample_weight=weights)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_report_of_what_is_no_mixture(tmp_path):
+    regressor = GaussianMixtureRegressor(1).fit(X[:, :2], X[:, 2])
+    for other in (regressor, SplitMergeMixture(), GridSearchCV(GaussianMixture(), {}), None):
+        with pytest.raises(OptionError, match=f"MixtureSearch or a Gaussian mixture, got {type(other).__name__}"):
+            write_report(tmp_path / "report.html", other, X[:, :2])
+    with pytest.raises(NotFittedError):
+        write_report(tmp_path / "report.html", GaussianMixture(), X)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_of_a_mixture_of_given_parameters(tmp_path):
+    mixture = GaussianMixture.from_parameters([0.5, 0.5], means=[[0, 0], [9, 9]], covariances=np.ones((2, 2)))
+    assert write_report(tmp_path / "report.html", mixture, X[:, :2])["n_components"] == 2
 
 
 def test_cautions(tmp_path):
