@@ -221,6 +221,24 @@ def test_weights_of_a_column():
         fit_table(table_of(X), weight="c")
 
 
+def test_weights_that_sum_to_few_rows_are_told():
+    shares = table_of(np.c_[X, np.full(200, 1 / 200)], "abcw")
+    said = "Weights count rows, and they sum to 1, less than the "
+    assert any(note.startswith(said) for note in fit_table(shares, weight="w", **SMALL).notes)
+
+
+def test_sizes_are_at_most_the_distinct_rows():
+    few = table_of(np.repeat(X[:4], 50, 0))
+    with pytest.raises(
+        OptionError, match=r"n_components must be at most the number of distinct rows .*, 4, got 300,000"
+    ):
+        fit_table(few, n_components=range(1, 300_001))
+    found = fit_table(few, covariance="EII")
+    assert {one.n_components for one in found.search.candidates_} == {1, 2, 3, 4}
+    with pytest.raises(OptionError, match="at most the number of distinct rows that are searched, 20, got 21"):
+        fit_table(table_of(X), n_components=[21], rows=20)
+
+
 def test_a_large_table_is_searched_in_part_and_fitted_whole():
     big, _ = rows(3000, seed=4)
     found = fit_table(table_of(big), rows=300, **SMALL)

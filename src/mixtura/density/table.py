@@ -46,7 +46,14 @@ class Table:
         return self.names.index(name)
 
     def only(self, names: Sequence[str]) -> Table:
-        """The table of some columns, in the order given."""
+        """The table of some columns, in the order given.
+
+        Raises:
+            UnknownNameError, OptionError: as ``column``, or if one is named twice.
+        """
+        twice = next((name for name in names if list(names).count(name) > 1), None)
+        if twice is not None:
+            raise OptionError(f"column {twice!r} is named twice")
         index = [self.column(name) for name in names]
         return Table(list(names), self.data_ND[:, index], notes=self.notes)
 
