@@ -6,10 +6,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from sklearn.datasets import load_iris
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
 
 from density.tables import rows, with_holes
-from mixtura.core.errors import FileFormatError, OptionError, UnknownNameError
-from mixtura.density import GaussianMixture, MixtureSearch
+from mixtura.core.errors import FileFormatError, OptionError, ShapeError, UnknownNameError
+from mixtura.density import GaussianMixture, GaussianMixtureRegressor, MixtureSearch, SplitMergeMixture
 from mixtura.density._svg import HEIGHT, LEFT, WIDTH, Plot, ticks
 from mixtura.density._words import choice_words, components_of, family_words
 from mixtura.density.families import FAMILIES
@@ -46,6 +48,65 @@ def test_lines_without_names_and_double_names(tmp_path):
     assert read_table(written(tmp_path, "a\n3\n4\n")).data_ND.shape == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "names", "values"),
+    [
+        ("5,1;1,4\n4,9;1,4\n", ["column 0", "column 1"], [[5.1, 1.4], [4.9, 1.4]]),
+        ("length, in cm;width, in cm\n5,1;1,4\n4,9;2\n", ["length, in cm", "width, in cm"], [[5.1, 1.4], [4.9, 2]]),
+        ("a, b\tc, d\n1,5\t2,5\n", ["a, b", "c, d"], [[1.5, 2.5]]),
+        ('"a";"b, in cm, at noon"\n5;1,4\n', ["a", "b, in cm, at noon"], [[5, 1.4]]),
+    ],
+)
+def test_a_semicolon_or_a_tab_delimits_before_a_comma(text, names, values, tmp_path):
+    table = read_table(written(tmp_path, text))
+    assert table.names == names
+    np.testing.assert_array_equal(table.data_ND, values)
+    assert table.notes == ["Commas in numbers were read as decimal signs."]
+
+
+def test_a_comma_delimits_where_others_do_not_split_all_lines_alike(tmp_path):
+    table = read_table(written(tmp_path, 'a,b,kind\n1,2,"x;y"\n3,4,"x;y;z"\n'))
+    assert (table.names, table.notes) == (["a", "b"], [])
+    wide = ",".join(["12345678"] * 30_000)
+    assert read_table(written(tmp_path, f"{wide}\n{wide}\n")).data_ND.shape == (2, 30_000)
+
+
+def test_decimal_commas_are_told_with_the_fit(tmp_path):
+    lines = [";".join(f"{value:.4f}".replace(".", ",") for value in row) for row in X]
+    found = fit_table(read_table(written(tmp_path, "\n".join(lines))), columns=["column 1"], **SMALL)
+    assert found.notes == ["Commas in numbers were read as decimal signs."]
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "data", "notes"),
+    [
+        ("5.1,3.5,setosa\n4.9,3,setosa\n", ["column 0", "column 1"], [[5.1, 3.5], [4.9, 3]], 1),
+        ("NA,3.5,setosa\n4.9,3,setosa\n", ["column 0", "column 1"], [[np.nan, 3.5], [4.9, 3]], 1),
+        ("2019,2020\n1,2\n", ["column 0", "column 1"], [[2019, 2020], [1, 2]], 0),
+        ("a,na,inf\n1,2,3\n", ["a", "na", "inf"], [[1, 2, 3]], 0),
+    ],
+)
+def test_a_line_with_a_number_holds_no_names(text, names, data, notes, tmp_path):
+    table = read_table(written(tmp_path, text))
+    assert table.names == names
+    np.testing.assert_array_equal(table.data_ND, data)
+    assert table.notes == ["The first line was read as a row, not as names of columns: it holds numbers."] * notes
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("a,b\n1,2\n,\n3,4\n , \n", [[1, 2], [np.nan, np.nan], [3, 4], [np.nan, np.nan]]),
+        ("1,2\n\n,\n  \n3,4\n", [[1, 2], [np.nan, np.nan], [3, 4]]),
+        (",\na,b\n1,2\n", [[1, 2]]),
+        ("a\tb\n1\t2\n\t\n", [[1, 2], [np.nan, np.nan]]),
+        ('a\n1\n""\n\n2\n', [[1], [np.nan], [2]]),
+    ],
+)
+def test_a_row_without_values_is_a_row_and_an_empty_line_is_not(text, values, tmp_path):
+    np.testing.assert_array_equal(read_table(written(tmp_path, text)).data_ND, values)
+
+
 def test_text_columns_are_left_out_by_name(tmp_path):
     table = read_table(written(tmp_path, "a,kind,b\n1,x,2\n\n3,4,inf\n"))
     assert table.names == ["a"]
@@ -63,12 +124,28 @@ def test_arrays_are_mapped(tmp_path):
     np.testing.assert_array_equal(table.data_ND, X)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_infinite_columns_of_arrays_are_left_out(dtype, tmp_path):
+    data = X.astype(dtype)
+    data[7, 1], data[9, 1], data[3, 2] = -np.inf, np.nan, np.nan
+    np.save(tmp_path / "table.npy", data)
+    table = read_table(tmp_path / "table.npy")
+    np.testing.assert_array_equal(table.data_ND, data[:, [0, 2]])
+    assert table.left_out == {"column 1": "holds an infinite value in row 7, counted from 0"}
+    np.save(tmp_path / "table.npy", data[:, 1:2])
+    with pytest.raises(FileFormatError, match=r"no column of .* finite numbers: 'column 0' holds an infinite"):
+        read_table(tmp_path / "table.npy")
+
+
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
         ("", "t.csv", "is empty"),
         ("a,b\n", "t.csv", "holds names of columns, and no row"),
         ("a,b\n1,2\n3\n", "t.csv", "has 1 cells in line 3, and 2 in the first"),
+        ("x" * 200_000, "t.csv", "is no table: field larger than field limit"),
+        ("a,b\nx,y\nz,w\n", "t.csv", "finite numbers: 'a' holds text such as 'x' in line 2; 'b' holds text"),
+        ("a,b,c,d,e\nx,x,x,x,inf\n", "t.csv", "in line 2; and 2 more"),
         (b"a\xff\n", "t.csv", "is not text in UTF-8: invalid start byte at byte 1"),
         (b"\x93NUMPY", "t.npy", "is no array of numbers"),
     ],
@@ -118,6 +195,17 @@ def to_frame(data, names="abc"):
     return pandas.DataFrame(data, columns=list(names))
 
 
+def test_rows_without_values_have_a_component_and_change_none():
+    gaps = X.copy()
+    gaps[[3, 70]] = np.nan
+    found, without = (fit_table(table_of(data), **SMALL) for data in (gaps, np.delete(X, [3, 70], 0)))
+    best = found.search.best_estimator_
+    assert found.notes == ["2 rows hold no value: there the components are as probable as their weights say."]
+    assert (found.components_N[[3, 70]] == best.weights_.argmax()).all()
+    np.testing.assert_allclose(found.probabilities_N[[3, 70]], best.weights_.max())
+    np.testing.assert_allclose(*(np.sort(one.search.best_estimator_.means_, 0) for one in (found, without)), atol=0.05)
+
+
 def test_weights_of_a_column():
     weights = np.arange(200) % 3
     found = fit_table(table_of(np.c_[X, weights], "abcw"), weight="w", **SMALL)
@@ -125,8 +213,30 @@ def test_weights_of_a_column():
     assert found.search.best_[:2] == many.search.best_[:2]
     assert found.search.best_.score == pytest.approx(many.search.best_.score, rel=1e-6)
     assert found.notes == ["Column 'w' was left out: it holds the weights."]
+    few = np.where(np.isin(np.arange(200), [3, 50, 51, 120, 160, 199]), weights + 1, 0)
+    found = fit_table(table_of(np.c_[X, few], "abcw"), weight="w", n_components=[1], covariance="VVI", rows=4)
+    assert found.notes[1:] == ["The model was chosen on 4 rows drawn at random, then fitted to all 6 with a weight."]
+    np.testing.assert_allclose(found.search.best_estimator_.means_[0], np.average(X, 0, few), rtol=1e-6)
     with pytest.raises(OptionError, match="weights in column 'c' must not be missing, negative"):
         fit_table(table_of(X), weight="c")
+
+
+def test_weights_that_sum_to_few_rows_are_told():
+    shares = table_of(np.c_[X, np.full(200, 1 / 200)], "abcw")
+    said = "Weights count rows, and they sum to 1, less than the "
+    assert any(note.startswith(said) for note in fit_table(shares, weight="w", **SMALL).notes)
+
+
+def test_sizes_are_at_most_the_distinct_rows():
+    few = table_of(np.repeat(X[:4], 50, 0))
+    with pytest.raises(
+        OptionError, match=r"n_components must be at most the number of distinct rows .*, 4, got 300,000"
+    ):
+        fit_table(few, n_components=range(1, 300_001))
+    found = fit_table(few, covariance="EII")
+    assert {one.n_components for one in found.search.candidates_} == {1, 2, 3, 4}
+    with pytest.raises(OptionError, match="at most the number of distinct rows that are searched, 20, got 21"):
+        fit_table(table_of(X), n_components=[21], rows=20)
 
 
 def test_a_large_table_is_searched_in_part_and_fitted_whole():
@@ -201,6 +311,40 @@ def test_report_of_one_mixture_of_one_column_with_holes_and_noise(tmp_path):
         assert len(pictures(html)) == 1
         assert ("is noise, spread evenly" in html) == noise
         assert any("of the values are missing" in one for one in told["cautions"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (-np.ones(200), OptionError, "must not be missing, infinite, negative, or all 0"),
+        (np.full(200, np.nan), OptionError, "must not be missing"),
+        (np.r_[np.inf, np.ones(199)], OptionError, "must not be missing"),
+        (np.zeros(200), OptionError, "must not be missing"),
+        (np.ones(3), ShapeError, r"a weight for each of 200 rows, got shape \(3,\)"),
+        (np.ones((200, 1)), ShapeError, r"a weight for each of 200 rows, got shape \(200, 1\)"),
+        (["a"] * 200, OptionError, "sample_weight must be numbers"),
+    ],
+)
+def test_no_report_of_weights_that_are_none(weights, error, message, tmp_path):
+    mixture = GaussianMixture(2, random_state=0).fit(X)
+    with pytest.raises(error, match=message):
+        write_report(tmp_path / "report.html", mixture, X, sample_weight=weights)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_report_of_what_is_no_mixture(tmp_path):
+    regressor = GaussianMixtureRegressor(1).fit(X[:, :2], X[:, 2])
+    for other in (regressor, SplitMergeMixture(), GridSearchCV(GaussianMixture(), {}), None):
+        with pytest.raises(OptionError, match=f"MixtureSearch or a Gaussian mixture, got {type(other).__name__}"):
+            write_report(tmp_path / "report.html", other, X[:, :2])
+    with pytest.raises(NotFittedError):
+        write_report(tmp_path / "report.html", GaussianMixture(), X)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_of_a_mixture_of_given_parameters(tmp_path):
+    mixture = GaussianMixture.from_parameters([0.5, 0.5], means=[[0, 0], [9, 9]], covariances=np.ones((2, 2)))
+    assert write_report(tmp_path / "report.html", mixture, X[:, :2])["n_components"] == 2
 
 
 def test_cautions(tmp_path):

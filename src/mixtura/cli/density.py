@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +14,24 @@ import typer
 
 from mixtura.cli.options import Json, show
 
+_COLUMNS = (
+    "Columns to use, by comma; all with numbers if not given. A name with a comma needs quotes of its own: "
+    "'\"length, in cm\",width'."
+)
+
+
+class _Tried(Exception):
+    """Ends a trial to write."""
+
 
 def fit(
     data: Annotated[Path, typer.Argument(help="A table: text with commas, semicolons or tabs, or a .npy array.")],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
-    columns: Annotated[str, typer.Option(help="Columns to use, by comma; all with numbers if not given.")] = "",
-    weight: Annotated[str | None, typer.Option(help="Column of row weights.")] = None,
-    components: Annotated[str, typer.Option(help="Numbers of components to try: 3, or 2,4, or 1-9.")] = "1-9",
+    columns: Annotated[str, typer.Option(help=_COLUMNS)] = "",
+    weight: Annotated[
+        str | None, typer.Option(help="Column of row weights, which count rows: one of weight 2 is as two rows.")
+    ] = None,
+    components: Annotated[str, typer.Option(help="Numbers of components to try: 3, or 2,4; 1-9 if not given.")] = "",
     families: Annotated[str, typer.Option(help="Covariance families by comma, or all.")] = "all",
     criterion: Annotated[str, typer.Option(help="bic, icl, aic, or cv.")] = "bic",
     rows: Annotated[int, typer.Option(min=2, help="Rows to choose the model on, at most; all are fitted.")] = 20_000,
@@ -34,12 +49,18 @@ def fit(
     from mixtura.density.report import plain, write_report
     from mixtura.density.table import read_table
 
+    targets = {name: path for name, path in (("--out", out), ("--save", save), ("--assign", assign)) if path}
+    _check_distinct({"the table": data, **targets})
+    table = read_table(data)
+    sizes = _numbers(components, len(table.data_ND)) if components else None
     families_asked = "all" if families == "all" else _by_comma(families)
+    for path in targets.values():
+        _try_to_write(path)
     found = fit_table(
-        read_table(data),
+        table,
         columns=_by_comma(columns),
         weight=weight,
-        n_components=_numbers(components),
+        n_components=sizes,
         covariance=families_asked,
         criterion=criterion,
         rows=rows,
@@ -52,23 +73,46 @@ def fit(
         found.search.best_estimator_.save(save)
     if assign is not None:
         _write_components(assign, found.components_N, found.probabilities_N)
-    result = {"report": str(out), "criterion": criterion, "score": found.search.best_.score, **told}
+    score = {"criterion": criterion, "score": found.search.best_.score, "rows_scored": found.rows_scored}
+    result = {"report": str(out), **score, **told}
     show(plain(result), as_json=as_json, lines=_lines(out, told))
 
 
+def _check_distinct(paths: Mapping[str, Path]) -> None:
+    """Raise ``OptionError`` if two of the files are one, also through links."""
+    from mixtura.core.errors import OptionError
+
+    for (name, path), (other, other_path) in combinations(paths.items(), 2):
+        same = os.path.realpath(path) == os.path.realpath(other_path)
+        if same or (path.exists() and other_path.exists() and path.samefile(other_path)):
+            raise OptionError(f"{other} must be another file than {name}, got {str(other_path)!r} for both")
+
+
+def _try_to_write(path: Path) -> None:
+    """Raise what would be raised when the file is written in the end; for long work, before it begins."""
+    from mixtura.core.files import write_file
+
+    with suppress(_Tried), write_file(path):
+        raise _Tried
+
+
 def _by_comma(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Names by comma; quotes as in CSV."""
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    return [name.strip() for row in rows for name in row if name.strip()]
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, most: int) -> list[int]:
     """ "1-3,7" as [1, 2, 3, 7]."""
     from mixtura.core.errors import OptionError
 
     try:
         spans = [[int(end) for end in part.split("-")] for part in _by_comma(text)]
-        numbers = sorted({K for span in spans for K in range(span[0], span[-1] + 1) if len(span) <= 2})
     except ValueError:
-        numbers = []
+        spans = []
+    if any(end > most for span in spans for end in span):
+        raise OptionError(f"components must be at most {most:,}, as many as the table has rows, got {text!r}")
+    numbers = sorted({K for span in spans for K in range(span[0], span[-1] + 1) if len(span) <= 2})
     if not numbers or numbers[0] < 1:
         raise OptionError(f"components must be numbers of at least 1, such as 3 or 2,4 or 1-9, got {text!r}")
     return numbers

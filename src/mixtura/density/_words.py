@@ -125,7 +125,7 @@ def cautions(mixture: Any, X: Floats, components: list[Component], search: Any =
         condition = np.linalg.cond(covariance_DD / np.outer(deviations_D, deviations_D))
         if condition > 1e6:
             found.append(f"Component {k} is nearly flat: some columns nearly determine others in it.")
-    if not mixture.converged_:
+    if not getattr(mixture, "converged_", True):  # a mixture of given parameters was not fitted
         found.append("EM did not converge: more iterations may change the result.")
     sizes = set() if search is None else {one.n_components for one in search.candidates_}
     if len(sizes) > 1 and max(sizes) == len(components):

@@ -19,6 +19,8 @@ from mixtura.density.search import MixtureSearch
 from mixtura.density.table import Table
 
 Floats = NDArray[np.floating]
+Index = NDArray[np.intp]
+MOST_COMPONENTS = 9
 
 
 class FittedTable(NamedTuple):
@@ -31,7 +33,8 @@ class FittedTable(NamedTuple):
         weights_N: of the rows, or None.
         components_N: component of each row, -1 for noise.
         probabilities_N: and how sure that is.
-        notes: what was left out, and why.
+        rows_scored: rows that the criterion was computed on: all with a weight, or those drawn.
+        notes: how the table was understood, what was left out, and why.
     """
 
     search: MixtureSearch
@@ -40,6 +43,7 @@ class FittedTable(NamedTuple):
     weights_N: Floats | None
     components_N: NDArray[np.intp]
     probabilities_N: Floats
+    rows_scored: int
     notes: list[str]
 
 
@@ -48,7 +52,7 @@ def fit_table(
     *,
     columns: Sequence[str] = (),
     weight: str | None = None,
-    n_components: Sequence[int] = tuple(range(1, 10)),
+    n_components: Sequence[int] | None = None,
     covariance: str | Sequence[str] = "all",
     criterion: str = "bic",
     rows: int = 20_000,
@@ -62,8 +66,8 @@ def fit_table(
     Args:
         table: as ``read_table`` gives it.
         columns: to use; all if empty.
-        weight: column of row weights, which is not fitted.
-        n_components: numbers of components to try.
+        weight: column of row weights, which is not fitted; a row of weight 2 counts as two rows.
+        n_components: numbers of components to try; None for 1 to 9, of those that there are distinct rows for.
         covariance: as in ``MixtureSearch``.
         criterion: as in ``MixtureSearch``.
         rows: at most so many, drawn at random, are searched; the best model is then fitted to all.
@@ -83,9 +87,13 @@ def fit_table(
     if not table.names:
         reasons = "; ".join(f"{name!r} {reason}" for name, reason in table.left_out.items())
         raise OptionError(f"no column can be fitted: {reasons}")
-    notes = [f"Column {name!r} was left out: it {reason}." for name, reason in table.left_out.items()]
+    notes = list(table.notes)
+    notes += [f"Column {name!r} was left out: it {reason}." for name, reason in table.left_out.items()]
+    notes += _about_rows(table.data_ND)
+    counted = np.arange(len(table.data_ND)) if weights_N is None else np.flatnonzero(weights_N)
+    index = _drawn(counted, rows, random_state)
     search = MixtureSearch(
-        n_components,
+        _sizes(n_components, table.data_ND[index]),
         covariance=covariance,
         criterion=criterion,
         n_jobs=n_jobs,
@@ -94,21 +102,56 @@ def fit_table(
     with warnings.catch_warnings():
         for category in (ConvergenceWarning, MixturaWarning):  # the report tells them
             warnings.simplefilter("ignore", category)
-        notes += _search(search, table.data_ND, weights_N, rows, random_state)
+        notes += _search(search, table.data_ND, weights_N, counted, index)
     found_N, sure_N = search.predict(table.data_ND), search.predict_proba(table.data_ND).max(1)
     for one in (search, search.best_estimator_):
         one.feature_names_in_ = np.asarray(table.names, dtype=object)
-    return FittedTable(search, table.names, table.data_ND, weights_N, found_N, sure_N, notes)
+    return FittedTable(search, table.names, table.data_ND, weights_N, found_N, sure_N, len(index), notes)
 
 
-def _search(search: MixtureSearch, data_ND: Floats, weights_N: Floats | None, rows: int, seed: Any) -> list[str]:
-    if len(data_ND) <= rows:
-        search.fit(data_ND, sample_weight=weights_N)
-        return []
-    index = np.sort(np.random.default_rng(seed).choice(len(data_ND), rows, replace=False))
-    search.fit(data_ND[index], sample_weight=None if weights_N is None else weights_N[index])
-    search.best_estimator_.set_params(warm_start=True).fit(data_ND, sample_weight=weights_N)
-    return [f"The model was chosen on {rows:,} rows drawn at random, then fitted to all {len(data_ND):,}."]
+def _drawn(counted: Index, rows: int, seed: Any) -> Index:
+    """Rows to search, of those that count."""
+    if len(counted) <= rows:
+        return counted
+    return np.sort(np.random.default_rng(seed).choice(counted, rows, replace=False))
+
+
+def _sizes(n_components: Sequence[int] | None, searched_ND: Floats) -> Sequence[int]:
+    distinct = len(np.unique(searched_ND, axis=0))
+    if n_components is None:
+        return range(1, min(MOST_COMPONENTS, distinct) + 1)
+    if len(n_components) and max(n_components) > distinct:
+        raise OptionError(
+            f"n_components must be at most the number of distinct rows that are searched, {distinct:,}, got "
+            f"{max(n_components):,}"
+        )
+    return n_components
+
+
+def _search(
+    search: MixtureSearch, data_ND: Floats, weights_N: Floats | None, counted: Index, index: Index
+) -> list[str]:
+    """Search some rows, fit to all that count, and say so."""
+    weights = None if weights_N is None else weights_N[index]
+    search.fit(data_ND if len(index) == len(data_ND) else data_ND[index], sample_weight=weights)
+    notes = []
+    if len(index) < len(counted):
+        search.best_estimator_.set_params(warm_start=True).fit(data_ND, sample_weight=weights_N)
+        search.best_estimator_.set_params(warm_start=False)
+        which = f"all {len(counted):,}" + " with a weight" * (len(counted) < len(data_ND))
+        notes += [f"The model was chosen on {len(index):,} rows drawn at random, then fitted to {which}."]
+    if weights is not None and weights.sum() < search.best_.n_parameters:
+        notes += [
+            f"Weights count rows, and they sum to {weights.sum():.3g}, less than the {search.best_.n_parameters} "
+            "parameters of the model: the criterion cannot tell models apart on so few rows."
+        ]
+    return notes
+
+
+def _about_rows(data_ND: Floats) -> list[str]:
+    empty = int(np.isnan(data_ND).all(1).sum())
+    rows = "1 row holds" if empty == 1 else f"{empty:,} rows hold"
+    return [f"{rows} no value: there the components are as probable as their weights say."] if empty else []
 
 
 def _weights(table: Table, name: str) -> Floats:

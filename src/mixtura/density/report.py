@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
+from mixtura.core.errors import OptionError, ShapeError
 from mixtura.core.files import write_file
-from mixtura.density._checks import check_table
+from mixtura.density._base import MixtureBase
+from mixtura.density._checks import as_numpy, check_table
 from mixtura.density._pictures import column_names, curves, outlines
 from mixtura.density._svg import Plot, color, color_style
 from mixtura.density._words import Component, cautions, choice_words, components_of, family_words
+from mixtura.density.search import MixtureSearch
 
 Floats = NDArray[np.floating]
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_PLANES = 1500, 8, 3
@@ -57,14 +60,20 @@ def write_report(
 
     Returns:
         The same in plain data: n_components, covariance, components, cautions.
+
+    Raises:
+        OptionError: if ``fitted`` is something else, or weights are missing, negative, infinite or all 0.
+        ShapeError: if there is not a weight for each row.
     """
+    if not isinstance(fitted, MixtureSearch | MixtureBase):
+        raise OptionError(f"fitted must be a MixtureSearch or a Gaussian mixture, got {type(fitted).__name__}")
     check_is_fitted(fitted)
-    search = fitted if hasattr(fitted, "best_estimator_") else None
-    mixture = fitted if search is None else fitted.best_estimator_
+    search = fitted if isinstance(fitted, MixtureSearch) else None
+    mixture = fitted if search is None else search.best_estimator_
     names = column_names(mixture, mixture.means_.shape[1])
     data_ND = check_table(mixture if hasattr(X, "columns") else _nameless(mixture), X, reset=False)
     mixture = _nameless(mixture)
-    weights_N = None if sample_weight is None else np.asarray(sample_weight, float)
+    weights_N = None if sample_weight is None else _check_weights(as_numpy(sample_weight), len(data_ND))
     components = components_of(mixture, data_ND, names, weights_N)
     careful = [*notes, *cautions(mixture, data_ND, components, search)]
     heading = title or f"A mixture of {len(data_ND):,} rows and {data_ND.shape[1]} columns"
@@ -85,6 +94,18 @@ def write_report(
         "components": [one._asdict() for one in components],
         "cautions": careful,
     }
+
+
+def _check_weights(sample_weight: Any, N: int) -> Floats:
+    try:
+        weights_N = np.asarray(sample_weight, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"sample_weight must be numbers: {error}") from error
+    if weights_N.shape != (N,):
+        raise ShapeError(f"sample_weight must have a weight for each of {N} rows, got shape {weights_N.shape}")
+    if not (np.isfinite(weights_N).all() and (weights_N >= 0).all() and weights_N.any()):
+        raise OptionError("sample_weight must not be missing, infinite, negative, or all 0")
+    return weights_N
 
 
 def _page(title: str, body: str) -> str:
