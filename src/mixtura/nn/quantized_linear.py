@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mixtura.core.errors import CodesError, NotExpressibleError
+from mixtura.nn.backends.native.experts import is_transformed, is_watched
 from mixtura.nn.backends.native.library import ExpertsStruct, library
 from mixtura.nn.backends.native.quantized import CodesStruct, QuantizedStruct
 from mixtura.nn.backends.native.tape import DTYPES, FewBits, few_bits_product
@@ -102,10 +103,11 @@ class QuantizedLinear(nn.Linear):
         return F.linear(x, self.dequantized(x.dtype), self.bias)
 
     def _is_native(self, x_TK: torch.Tensor) -> bool:
+        if is_watched() or is_transformed() or torch.is_autocast_enabled("cpu"):
+            return False
         tensors = [x_TK, *self.parameters()]
         alike = x_TK.dtype in DTYPES and (self.bias is None or self.bias.dtype == x_TK.dtype)
-        here = library() is not None and all(t.device.type == "cpu" for t in tensors)
-        return alike and here and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        return alike and library() is not None and all(t.device.type == "cpu" for t in tensors)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Scales keep their type, whatever type the model is converted to: they belong to the codes."""

@@ -76,6 +76,8 @@ def why_not_quantized(experts: Any, hidden_TD: torch.Tensor, weights_TK: torch.T
     floats = [hidden_TD, *(t for t in _biases(experts) if t is not None)]
     if missing := why_no_library():
         return missing
+    if torch._C._is_tracing():
+        return "a trace sees none of its operations"
     if {t.device.type for t in (hidden_TD, *tensors)} != {"cpu"}:
         return f"it runs on the CPU, not on {hidden_TD.device.type}"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weights_TK, *floats)):
