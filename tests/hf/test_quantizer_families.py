@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig, T5Config, T5ForConditionalGeneration
 
-from mixtura.core.errors import CodesError
 from mixtura.hf import quantize_model
 from mixtura.hf.read_weights import is_read
-from mixtura.nn.quantized_linear import QuantizedLinear
+from mixtura.nn.quantized_linear import CodesError, QuantizedLinear
 from pico import DENSE, pico, tokens
 from pico_native import FAMILIES, OUTSIDE, native
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from mixtura.core.errors import CodesError, NotExpressibleError
+from mixtura.core.errors import NotExpressibleError
 from mixtura.nn.backends.native.library import instructions, use_instructions
 from mixtura.nn.experts.quantization import Quantization
-from mixtura.nn.quantized_linear import QuantizedLinear, dequantize_linear, quantize_linear
+from mixtura.nn.quantized_linear import CodesError, QuantizedLinear, dequantize_linear, quantize_linear
 
 HOW = st.builds(
     Quantization,

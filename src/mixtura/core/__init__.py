@@ -4,7 +4,6 @@ Works on numpy arrays and torch tensors alike and imports neither.
 """
 
 from mixtura.core.errors import (
-    CodesError,
     FetchError,
     FileFormatError,
     MixturaError,
@@ -19,7 +18,6 @@ from mixtura.core.routing import Routing
 from mixtura.core.selection import SelectionSpec, select
 
 __all__ = [
-    "CodesError",
     "FetchError",
     "FileFormatError",
     "Method",

@@ -32,10 +32,6 @@ class NotExpressibleError(MixturaError, ValueError):
     """A model, router or layer lies outside of what a form can hold; the message names the missing capability."""
 
 
-class CodesError(MixturaError, AttributeError):
-    """The weight of a layer was asked for that has codes of few bits in its place."""
-
-
 class FileFormatError(MixturaError, ValueError):
     """A file or folder is not what it should be: truncated, tampered with, of another kind or of a newer version."""
 

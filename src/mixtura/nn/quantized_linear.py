@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mixtura.core.errors import CodesError, NotExpressibleError
+from mixtura.core.errors import MixturaError, NotExpressibleError
 from mixtura.nn.backends.native.experts import is_transformed, is_watched
 from mixtura.nn.backends.native.library import ExpertsStruct, library
 from mixtura.nn.backends.native.quantized import CodesStruct, QuantizedStruct
@@ -26,6 +26,10 @@ from mixtura.nn.backends.native.tape import DTYPES, FewBits, few_bits_product
 from mixtura.nn.experts.quantization import SCALE_DTYPES, Codes, Quantization, check, dequantize, quantize
 
 _NO_WEIGHT = "a quantized layer has codes in place of its weight (dequantized() gives the weight)"
+
+
+class CodesError(MixturaError, AttributeError):
+    """The weight of a layer was asked for that has codes of few bits in its place."""
 
 
 class CodedWeight:
