@@ -67,8 +67,10 @@ def test_a_column_of_text_is_named(kind):
 
 def test_labels_and_weights_may_be_series():
     frame = FRAMES["polars"].with_columns(kind=polars.Series(WHICH), weight=polars.Series(np.arange(200) % 3 + 1))
-    ours = GaussianMixture(3, max_iter=3, tol=0.1).fit(frame[NAMES], frame["kind"], sample_weight=frame["weight"])
-    plain = GaussianMixture(3, max_iter=3, tol=0.1).fit(X, WHICH, sample_weight=np.arange(200) % 3 + 1)
+    ours = GaussianMixture(3, max_iter=3, tol=0.1).fit(
+        frame[NAMES], labels=frame["kind"], sample_weight=frame["weight"]
+    )
+    plain = GaussianMixture(3, max_iter=3, tol=0.1).fit(X, labels=WHICH, sample_weight=np.arange(200) % 3 + 1)
     np.testing.assert_allclose(ours.means_, plain.means_, rtol=1e-12)  # columns lie otherwise in memory
 
 

@@ -4,17 +4,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.base import clone
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 from density.tables import degenerate_tables, responsibilities, rows, same
-from mixtura.core.errors import MixturaError, MixturaWarning, OptionError, ShapeError, UnknownNameError
+from mixtura.core.errors import MixturaError, OptionError, ShapeError, UnknownNameError
 from mixtura.density import (
     FAMILIES,
     NIW,
     BayesianGaussianMixture,
     GaussianMixture,
+    MixtureSearch,
     MustLink,
     SingularComponentError,
 )
@@ -95,7 +99,7 @@ def test_errors_in_threads_are_those_without():
     certain.set_params(warm_start=True, batch_size=50)
     for n_jobs in (1, 2):
         with pytest.raises(OptionError, match="X holds a row whose density is 0"):
-            certain.set_params(n_jobs=n_jobs).fit(X, np.where(np.arange(500) == 499, 1, -1))
+            certain.set_params(n_jobs=n_jobs).fit(X, labels=np.where(np.arange(500) == 499, 1, -1))
 
 
 def test_pooled_moments_know_priors_noise_and_links():
@@ -164,7 +168,7 @@ def test_scaled_weights_change_only_bic():
 )
 def test_all_labels_given_is_discriminant_analysis(family, peer):
     X, y = rows()
-    ours = GaussianMixture(3, covariance=family, reg_covar=0, max_iter=1, tol=0).fit(X, y)
+    ours = GaussianMixture(3, covariance=family, reg_covar=0, max_iter=1, tol=0).fit(X, labels=y)
     np.testing.assert_allclose(ours.means_, [X[y == k].mean(0) for k in range(3)], rtol=1e-12)
     np.testing.assert_allclose(ours.weights_, np.bincount(y) / len(y), rtol=1e-12)
     within = np.stack([np.cov(X[y == k].T, bias=True) for k in range(3)])
@@ -180,9 +184,9 @@ def test_all_labels_given_is_discriminant_analysis(family, peer):
 
 def test_labels_unknown_everywhere_change_nothing():
     X, _ = rows()
-    plain, unknown = (GaussianMixture(3, random_state=0).fit(X, y) for y in (None, np.full(len(X), -1)))
+    plain, unknown = (GaussianMixture(3, random_state=0).fit(X, labels=y) for y in (None, np.full(len(X), -1)))
     assert np.array_equal(plain.means_, unknown.means_)
-    soft = GaussianMixture(3, random_state=0).fit(X, np.ones((len(X), 3)))
+    soft = GaussianMixture(3, random_state=0).fit(X, labels=np.ones((len(X), 3)))
     same(plain, soft, rtol=1e-9)
 
 
@@ -190,19 +194,67 @@ def test_some_labels_name_the_components():
     X, which = rows()
     for order in ([0, 1, 2], [2, 0, 1]):
         y = np.where(np.arange(len(X)) % 10 == 0, np.array(order)[which], -1)
-        ours = GaussianMixture(3, random_state=0).fit(X, y)
+        ours = GaussianMixture(3, random_state=0).fit(X, labels=y)
         assert (ours.predict(X) == np.array(order)[which]).mean() > 0.85
-    hard = GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, y)
+    hard = GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, labels=y)
     soft = np.where(y[:, None] >= 0, np.eye(3)[y], 1.0)
-    same(hard, GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, soft), rtol=1e-9)
+    same(hard, GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, labels=soft), rtol=1e-9)
 
 
-def test_what_cannot_be_labels_is_ignored_with_a_warning():
-    X, _ = rows()
-    plain = GaussianMixture(3, random_state=0).fit(X)
-    for y in (X[:, 0], np.full(len(X), 3), np.full(len(X), -2)):
-        with pytest.warns(MixturaWarning, match="y is ignored: labels of components must be whole numbers from -1"):
-            assert np.array_equal(GaussianMixture(3, random_state=0).fit(X, y).means_, plain.means_)
+@pytest.mark.parametrize("estimator", [GaussianMixture, BayesianGaussianMixture])
+@pytest.mark.parametrize(
+    ("value", "seen"), [(0.5, "0.5"), (np.nan, "nan"), (3, "3"), (-2, "-2"), ("a", "'"), (None, "None")]
+)
+def test_what_cannot_be_labels_is_refused(estimator, value, seen):
+    X, which = rows()
+    labels = [value if i == 7 else int(k) for i, k in enumerate(which)]
+    accepted = r"labels must be components from 0 to 2, or -1 where unknown, got "
+    for fit in (estimator(3).fit, estimator(3).fit_predict, estimator(3).partial_fit):
+        with pytest.raises(OptionError, match=f"{accepted}{seen}"):
+            fit(X, labels=labels)
+    with pytest.raises(ShapeError, match=r"labels must have one for each of 200 rows, got shape \(\)"):
+        estimator(3).fit(X, labels=3)
+    soft = np.eye(3)[which]
+    soft[5] = [0, -1, 2]
+    with pytest.raises(OptionError, match=r"labels must be finite, not negative, .* got a row \[0.0, -1.0, 2.0\]"):
+        estimator(3).fit(X, labels=soft)
+
+
+@pytest.mark.parametrize("estimator", [GaussianMixture, BayesianGaussianMixture])
+def test_the_target_of_a_pipeline_is_no_label(estimator):
+    X, which = rows()
+    plain = estimator(3, random_state=0, max_iter=500).fit(X)
+    for y in (
+        which,
+        np.array(list("abc"))[which],
+        np.where(which == 0, -1, 1),
+        X[:, 0],
+        X[:, :2],
+        np.eye(3)[which] * 7,
+    ):
+        piped = Pipeline([("mixture", clone(plain)), ("last", FunctionTransformer())]).fit(X, y)["mixture"]
+        assert np.array_equal(piped.means_, plain.means_)
+        assert np.array_equal(clone(plain).fit(X, y).means_, plain.means_)
+        assert np.array_equal(clone(plain).fit_predict(X, y), plain.predict(X))
+    same = [clone(plain).partial_fit(X, y).means_ for y in (None, which)]
+    assert np.array_equal(*same)
+    known = Pipeline([("mixture", clone(plain))]).fit(X, mixture__labels=which)["mixture"]
+    assert not np.allclose(known.means_, plain.means_)
+
+
+@pytest.mark.parametrize("estimator", [GaussianMixture(3), BayesianGaussianMixture(3), MixtureSearch([2, 3])])
+def test_labels_in_the_place_of_a_target_are_refused(estimator):
+    X, which = rows()
+    for y in (np.where(which == 0, 0, -1), np.where(which == 0, -1, which), np.where(which == 0, -1.0, which)):
+        with pytest.raises(OptionError, match=r"y is ignored, but holds -1 beside other classes, .* pass labels="):
+            clone(estimator).fit(X, y)
+    soft = np.where((which == 0)[:, None], 1.0, np.eye(3)[which])
+    for y in (np.eye(3)[which], soft, np.full((200, 3), 1 / 3)):
+        with pytest.raises(OptionError, match="y is ignored, but holds probabilities of components"):
+            clone(estimator).fit_predict(X, y)
+    if hasattr(estimator, "partial_fit"):
+        with pytest.raises(OptionError, match="pass labels="):
+            clone(estimator).partial_fit(X, soft)
 
 
 def test_float32_stays_close_and_keeps_its_type():
@@ -220,10 +272,12 @@ def test_torch_tensors_come_in():
     import torch
 
     X, y = rows()
-    ours = GaussianMixture(3, random_state=0).fit(torch.tensor(X), torch.tensor(y), sample_weight=torch.ones(len(X)))
+    ours = GaussianMixture(3, random_state=0).fit(
+        torch.tensor(X), labels=torch.tensor(y), sample_weight=torch.ones(len(X))
+    )
     assert np.array_equal(ours.predict(torch.tensor(X)), ours.predict(X))
     assert np.array_equal(
-        ours.means_, GaussianMixture(3, random_state=0).fit(X, y, sample_weight=np.ones(len(X))).means_
+        ours.means_, GaussianMixture(3, random_state=0).fit(X, labels=y, sample_weight=np.ones(len(X))).means_
     )
 
 
@@ -333,8 +387,8 @@ def test_failures_have_names():
         GaussianMixture(2, init="sdp").fit(X)
     with pytest.raises(ShapeError, match=r"init must be responsibilities \(200, 2\)"):
         GaussianMixture(2, init=np.ones((200, 3))).fit(X)
-    with pytest.raises(ShapeError, match="y must have a label for each of 200 rows"):
-        GaussianMixture(2).fit(X, [0, 1])
+    with pytest.raises(ShapeError, match="labels must have one for each of 200 rows"):
+        GaussianMixture(2).fit(X, labels=[0, 1])
     with pytest.raises(ValueError, match="at least one non-zero"):
         GaussianMixture(2).fit(X, sample_weight=np.zeros(200))
     with pytest.raises(OptionError, match="X must lie within"):

@@ -64,8 +64,10 @@ def test_weights_and_labels_count_in_a_stream():
     heavy = GaussianMixture(3, **options).partial_fit(X, sample_weight=weights)
     many = GaussianMixture(3, **{**options, "init": np.repeat(responsibilities(), weights, 0)})
     same(heavy, many.partial_fit(np.repeat(X, weights, 0)), rtol=1e-9)
-    named = GaussianMixture(3, random_state=0).partial_fit(X, which)
+    named = GaussianMixture(3, random_state=0).partial_fit(X, labels=which)
     np.testing.assert_allclose(named.means_, [X[which == k].mean(0) for k in range(3)], rtol=1e-9)
+    turned = named.partial_fit(X, labels=2 - which, forget=1)  # in later batches too
+    np.testing.assert_allclose(turned.means_, [X[which == 2 - k].mean(0) for k in range(3)], rtol=1e-9)
 
 
 def test_a_batch_of_one_row_is_enough_once_begun():

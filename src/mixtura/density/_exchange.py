@@ -11,8 +11,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.errors import OptionError, ShapeError
 from mixtura.density._base import MixtureBase
-from mixtura.density._checks import as_numpy
 from mixtura.density._parameters import precision_roots
+from mixtura.density._tables import as_numpy
 from mixtura.density.families import ALIASES, find_family
 
 Floats = NDArray[np.floating]

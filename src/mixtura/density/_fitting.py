@@ -18,6 +18,7 @@ from mixtura.core.errors import MixturaWarning, OptionError
 from mixtura.density._base import MixtureBase
 from mixtura.density._checks import check_number, check_rows, check_whole_number
 from mixtura.density._em import Fit, climb
+from mixtura.density._labels import refuse_labels_in_y
 from mixtura.density._rows import Rows
 from mixtura.density._statistics import Statistics
 from mixtura.density._streaming import Stream
@@ -76,21 +77,26 @@ class Fitting(MixtureBase):
     def _describe_rows(self, rows: Rows) -> None:
         """Keep what later scores need to know of the rows."""
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, noise_cov: Any = None) -> Self:
+    def fit(
+        self, X: Any, y: Any = None, sample_weight: Any = None, noise_cov: Any = None, *, labels: Any = None
+    ) -> Self:
         """Fit by EM.
 
         Args:
             X: (N, D); NaN where a value is missing at random.
-            y: components of rows, -1 where unknown, or probabilities of components (N, K).
+            y: ignored, as scikit-learn's clusterers do: a pipeline passes the target of its last step to every step.
             sample_weight: (N,); a row of weight 2 counts as two rows, one of weight 0 is left out.
             noise_cov: variances (N, D) or covariances (N, D, D) of the known noise of each row (extreme deconvolution).
+            labels: components of rows, (N,), -1 where unknown, or probabilities of components (N, K).
 
         Raises:
             SingularComponentError: if a component collapses.
-            OptionError, ShapeError: naming the argument.
+            OptionError, ShapeError: naming the argument; also if ``y`` holds what labels hold and targets do not: -1
+                beside other classes, or probabilities of components.
         """
         K = self._check_options()
-        rows = check_rows(self, X, y, sample_weight, noise_cov, K=K)
+        refuse_labels_in_y(y, [K])
+        rows = check_rows(self, X, sample_weight, noise_cov, labels=labels, K=K)
         self._check_columns(rows)
         prior = self._resolve_prior(rows)
         model = self._model(rows, prior)
@@ -105,13 +111,16 @@ class Fitting(MixtureBase):
         self._stream = Stream(prior).see(best.statistics)
         return self
 
-    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, forget: float | None = None) -> Self:
+    def partial_fit(
+        self, X: Any, y: Any = None, sample_weight: Any = None, *, labels: Any = None, forget: float | None = None
+    ) -> Self:
         """One expectation and maximization with a batch of a stream, which goes on from what was seen before.
 
         Args:
             X: (N, D); the first batch of a new mixture also finds the start, and needs at least K rows.
-            y: as in ``fit``.
+            y: ignored, as in ``fit``.
             sample_weight: as in ``fit``.
+            labels: as in ``fit``.
             forget: between 0 and 1: the step does not fall below it, so that old batches fade and drift is followed;
                 None for steps that go to 0.
 
@@ -122,7 +131,8 @@ class Fitting(MixtureBase):
             raise OptionError(f"forget must lie in 0 .. 1, got {forget!r}")
         K = self._check_options()
         begun = hasattr(self, "weights_")
-        rows = check_rows(self, X, y, sample_weight, K=1 if begun else K, reset=not begun)
+        refuse_labels_in_y(y, [K])
+        rows = check_rows(self, X, sample_weight, labels=labels, K=K, least=1 if begun else K, reset=not begun)
         stream = getattr(self, "_stream", None)
         if stream is None:
             self._check_columns(rows)

@@ -15,10 +15,11 @@ from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.errors import OptionError, ShapeError
 from mixtura.density._base import MixtureBase
-from mixtura.density._checks import as_numpy, check_table, check_whole_number
+from mixtura.density._checks import check_whole_number
 from mixtura.density._em import normalize
 from mixtura.density._hidden import patterns
 from mixtura.density._parameters import LOG_2PI, Parameters, cholesky_factors, safe_log
+from mixtura.density._tables import as_numpy, check_table
 from mixtura.density.batch import GaussianMixtureBatch
 from mixtura.density.constraints import check_constraints
 from mixtura.density.families import find_family

@@ -28,11 +28,11 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
 
 from mixtura.core.errors import OptionError, ShapeError
-from mixtura.density._checks import as_numpy, check_table
 from mixtura.density._files import Saved
 from mixtura.density._hidden import patterns
 from mixtura.density._parameters import Parameters
 from mixtura.density._queries import conditional_of
+from mixtura.density._tables import as_numpy, check_table
 from mixtura.density.batch import GaussianMixtureBatch
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.priors import NIW

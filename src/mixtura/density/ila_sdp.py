@@ -32,9 +32,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from mixtura.core.errors import OptionError
-from mixtura.density._checks import as_numpy, check_number, check_whole_number
+from mixtura.density._checks import check_number, check_whole_number
 from mixtura.density._init import check_responsibilities
 from mixtura.density._membership import Relaxed, solve
+from mixtura.density._tables import as_numpy
 
 Floats = NDArray[np.floating]
 Labels = NDArray[np.intp]

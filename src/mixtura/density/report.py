@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.files import write_file
-from mixtura.density._checks import check_table
 from mixtura.density._pictures import column_names, curves, outlines
 from mixtura.density._svg import Plot, color, color_style
+from mixtura.density._tables import check_table
 from mixtura.density._words import Component, cautions, choice_words, components_of, family_words
 
 Floats = NDArray[np.floating]

@@ -36,12 +36,14 @@ from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from mixtura.core.errors import OptionError, ShapeError
+from mixtura.core.errors import OptionError
 from mixtura.density import _init
-from mixtura.density._checks import as_numpy, check_labels, check_number, check_rows, check_whole_number
+from mixtura.density._checks import check_number, check_rows, check_whole_number
 from mixtura.density._em import data_moments
+from mixtura.density._labels import check_labels
 from mixtura.density._partition import Judge, Partition, merge, settle, split
 from mixtura.density._rows import Rows
+from mixtura.density._tables import as_numpy
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.priors import NIW
 
@@ -121,7 +123,7 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
         self.mixture_ = GaussianMixture(
             best.K, prior=judge.prior, init=best.groups_N, max_iter=1000, tol=self.tol, reg_covar=0
         )
-        self.mixture_.fit(rows.data_ND, rows.labels, sample_weight=rows.weights_N)
+        self.mixture_.fit(rows.data_ND, labels=rows.labels, sample_weight=rows.weights_N)
         after = int(known[-1]) + 1 if len(known) else 0
         self.classes_ = np.concatenate([known, after + np.arange(best.K - len(known))]).astype(np.intp)
         self.labels_ = self.predict(data_ND)
@@ -165,11 +167,8 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
 
     def _rows(self, data_ND: Floats, y: Any, sample_weight: Any) -> tuple[Rows, NDArray[np.intp]]:
         """Rows whose labels are 0, 1, ... in the order of the known classes, and those classes."""
-        y = None if y is None else np.asarray(as_numpy(y))
-        if y is not None and y.ndim == 2 and y.shape[1] != 1:
-            raise ShapeError(f"y must have one label for each of {len(data_ND)} rows, got shape {y.shape}")
-        labels = check_labels(y, len(data_ND), np.iinfo(np.intp).max)
-        rows = check_rows(self, data_ND, None, sample_weight, K=1, reset=False)
+        labels = check_labels(y, len(data_ND), None, "y")
+        rows = check_rows(self, data_ND, sample_weight, K=1, reset=False)
         if labels is None:
             return rows, np.empty(0, np.intp)
         labels = labels if rows.kept_N is None else labels[rows.kept_N]
