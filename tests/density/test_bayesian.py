@@ -194,6 +194,7 @@ def test_files_and_going_on(weights, tmp_path):
     np.testing.assert_allclose(begun.set_params(warm_start=True).fit(X).means_, fit(X, max_iter=8).means_, rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:reg_covar")
 def test_degenerate_data_are_fitted_or_refused():
     X, _ = rows()
     flat = np.c_[X, np.ones(len(X))]

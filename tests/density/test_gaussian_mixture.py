@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from density.tables import degenerate_tables, responsibilities, rows, same
-from mixtura.core.errors import MixturaError, OptionError, ShapeError, UnknownNameError
+from mixtura.core.errors import MixturaError, MixturaWarning, OptionError, ShapeError, UnknownNameError
 from mixtura.density import (
     FAMILIES,
     NIW,
@@ -102,6 +102,7 @@ def test_errors_in_threads_are_those_without():
             certain.set_params(n_jobs=n_jobs).fit(X, labels=np.where(np.arange(500) == 499, 1, -1))
 
 
+@pytest.mark.filterwarnings("ignore:reg_covar")
 def test_pooled_moments_know_priors_noise_and_links():
     X, _ = rows()
     for extra in ({"prior": NIW()}, {"noise_component": True}, {"constraints": MustLink([[0, 1]])}, {"reg_covar": 2.0}):
@@ -418,3 +419,43 @@ def test_not_converged_is_said():
     X, _ = rows()
     with pytest.warns(ConvergenceWarning, match="EM stopped after max_iter=1"):
         GaussianMixture(3, max_iter=1).fit(X)
+
+
+@pytest.mark.parametrize("estimator", [GaussianMixture, BayesianGaussianMixture])
+def test_a_reg_covar_that_is_much_of_a_variance_is_told(estimator):
+    import pandas
+
+    X, _ = rows()
+    narrow = pandas.DataFrame({"a": X[:, 0], "b": X[:, 1], "height": 1e-3 * X[:, 2] / X[:, 2].std()})
+    text = r"reg_covar=1e-06 is 1 times the variance of column 'height' of X, .* rescale the column, or give a smaller"
+    for fit in (estimator(2, random_state=0, max_iter=500).fit, estimator(2, random_state=0).partial_fit):
+        with pytest.warns(MixturaWarning, match=text):
+            fit(narrow)
+    estimator(2, random_state=0, max_iter=500, reg_covar=[1e-6, 1e-6, 1e-12]).fit(narrow)
+    constant = np.c_[X[:, :2], np.full(len(X), 0.1), np.full(len(X), np.nan)]
+    with pytest.warns(MixturaWarning, match="hold no value") as seen:
+        estimator(2, random_state=0, max_iter=500).fit(constant)
+    assert len(seen) == 1
+
+
+def test_a_reg_covar_for_each_column():
+    X, _ = rows()
+    options = {"init": responsibilities(), "max_iter": 5, "tol": 0}
+    for family in ("VVV", "VVI", "EEE"):
+        plain = GaussianMixture(3, covariance=family, reg_covar=1e-3, **options).fit(X)
+        units = np.array([1, 10, 0.1])
+        other = GaussianMixture(3, covariance=family, reg_covar=1e-3 * units**2, **options).fit(X * units)
+        np.testing.assert_allclose(other.covariances_, plain.covariances_ * np.outer(units, units), rtol=1e-8)
+    with pytest.raises(ShapeError, match=r"reg_covar must be a number or \(3,\), got shape \(2,\)"):
+        GaussianMixture(reg_covar=[1, 2]).fit(X)
+    with pytest.raises(OptionError, match="reg_covar must be finite and not negative"):
+        GaussianMixture(reg_covar=[1, 2, -3]).fit(X)
+
+
+def test_a_prior_without_psi_does_not_save_a_constant_column():
+    X, _ = rows()
+    constant = np.c_[X, np.ones(len(X))]
+    with pytest.raises(SingularComponentError, match=r"column 3 of X .* give a reg_covar or a prior with a psi"):
+        GaussianMixture(2, reg_covar=0, prior=NIW()).fit(constant)
+    given = GaussianMixture(2, reg_covar=0, prior=NIW(psi=1.0), random_state=0).fit(constant)
+    assert np.isfinite(given.score(constant))

@@ -71,6 +71,20 @@ def check_noise(noise_cov: Any, data_ND: Floats) -> Floats | None:
     return noise if noise.any() else None
 
 
+def check_added(name: str, value: Any, D: int) -> Floats:
+    """What is added to the variance of each column, (D,): a number, or one for each column.
+
+    Raises:
+        OptionError, ShapeError: naming the option.
+    """
+    added = np.asarray(value, dtype=np.float64)
+    if added.shape not in ((), (D,)):
+        raise ShapeError(f"{name} must be a number or ({D},), got shape {added.shape}")
+    if not (np.isfinite(added).all() and (added >= 0).all()):
+        raise OptionError(f"{name} must be finite and not negative, got {value!r}")
+    return np.broadcast_to(added, D)
+
+
 def mixture_frame(weights_K: Floats, means_KD: Floats, variances_KD: Floats) -> Frame:
     """Center and scale of a mixture: they depend on no batch."""
     share_K = weights_K / weights_K.sum()

@@ -154,6 +154,6 @@ def _options(mixture: Any, tensors: Tensors) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     raise TypeError(f"{type(value).__name__} is not a number or a word")

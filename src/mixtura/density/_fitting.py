@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 
 from mixtura.core.errors import MixturaWarning, OptionError
 from mixtura.density._base import MixtureBase
-from mixtura.density._checks import check_number, check_rows, check_whole_number
+from mixtura.density._checks import check_added, check_number, check_rows, check_whole_number
 from mixtura.density._em import Fit, climb
 from mixtura.density._labels import refuse_labels_in_y
 from mixtura.density._rows import Rows
@@ -26,6 +27,8 @@ from mixtura.density.errors import SingularComponentError
 from mixtura.density.priors import NIW
 
 ALGORITHMS = ("auto", "gemm", "cholesky")
+MUCH = 1e-3  # of a column's variance, to be added to it
+Floats = NDArray[np.floating]
 
 
 class Fitting(MixtureBase):
@@ -33,7 +36,7 @@ class Fitting(MixtureBase):
 
     n_components: int
     covariance: str
-    reg_covar: float
+    reg_covar: Any
     prior: NIW | None
     init: Any
     n_init: int
@@ -163,7 +166,8 @@ class Fitting(MixtureBase):
         check_whole_number("n_init", self.n_init, 1)
         check_whole_number("max_iter", self.max_iter, 0)
         check_number("tol", self.tol, 0)
-        check_number("reg_covar", self.reg_covar, 0)
+        if np.ndim(self.reg_covar) == 0:
+            check_number("reg_covar", self.reg_covar, 0)
         if self.algorithm not in ALGORITHMS:
             raise OptionError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
         if self.batch_size is not None:
@@ -172,17 +176,38 @@ class Fitting(MixtureBase):
 
     def _check_columns(self, rows: Rows) -> None:
         unseen, constant = rows.known_columns()
-        if constant and self.reg_covar == 0 and self.prior is None:
+        added_D = check_added("reg_covar", self.reg_covar, rows.D)
+        flat = [column for column in constant if added_D[column] == 0]
+        if flat and (self.prior is None or self.prior.psi is None):
             raise SingularComponentError(
-                f"column {constant[0]} of X has the same value in every row, so its variance is 0: leave it out, or "
-                "give a reg_covar or a prior"
+                f"column {self._column(flat[0])} of X has the same value in every row, so its variance is 0: leave it "
+                "out, or give a reg_covar or a prior with a psi"
             )
+        self._compare_added(added_D, rows, np.setdiff1d(np.arange(rows.D), [*constant, *unseen]))
         if unseen:
             warnings.warn(
                 f"columns {unseen} of X hold no value: nothing is learned of them; leave them out",
                 MixturaWarning,
                 stacklevel=3,
             )
+
+    def _compare_added(self, added_D: Floats, rows: Rows, columns: NDArray[np.intp]) -> None:
+        """Warn if what is added to the variance of a column is not small against it."""
+        variances = rows.frame.scale_D[columns] ** 2
+        if (added_D[columns] > MUCH * variances).any():
+            worst = columns[(added_D[columns] / variances).argmax()]
+            added, variance = added_D[worst], rows.frame.scale_D[worst] ** 2
+            warnings.warn(
+                f"reg_covar={added:g} is {added / variance:.2g} times the variance of column {self._column(worst)} of "
+                "X, so the components are wider there than the data: rescale the column, or give a smaller reg_covar, "
+                "or one for each column",
+                MixturaWarning,
+                stacklevel=4,
+            )
+
+    def _column(self, column: int) -> Any:
+        """Name of a column, or its index if columns have no names."""
+        return repr(self.feature_names_in_[column]) if hasattr(self, "feature_names_in_") else column
 
     def _check_same_shape(self, rows: Rows) -> None:
         if self.means_.shape != (self.n_components, rows.D):

@@ -24,14 +24,14 @@ class Model:
 
     Attributes:
         family: of the covariances.
-        reg_covar: added to the diagonal of every component's covariance before the family is fitted.
+        reg_covar: added to the diagonal of every component's covariance before the family is fitted; a number, or (D,).
         prior: resolved, or None.
         weight_concentration: of a Dirichlet prior on the weights, at least 1, or None for maximum likelihood.
         constraints: applied in the order of their stages.
     """
 
     family: Family
-    reg_covar: float = 0.0
+    reg_covar: Any = 0.0
     prior: NIW | None = None
     weight_concentration: float | None = None
     constraints: Sequence[Any] = ()

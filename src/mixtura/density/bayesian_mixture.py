@@ -48,7 +48,7 @@ class BayesianGaussianMixture(Queries, SavedMixture, Fitting):
             Dirichlet distribution.
         weight_concentration: of it, in rows; small values leave more components empty; None for 1 / K.
         prior: ``NIW``; None for kappa 1, nu D, and mean and covariance of the data, as in scikit-learn.
-        reg_covar: added to the diagonal of covariances.
+        reg_covar: as in ``GaussianMixture``.
         init: as in ``GaussianMixture``.
         n_init: starts, of which the one with the highest bound is kept.
         max_iter: iterations at most.
@@ -87,7 +87,7 @@ class BayesianGaussianMixture(Queries, SavedMixture, Fitting):
         weights: str = "process",
         weight_concentration: float | None = None,
         prior: NIW | None = None,
-        reg_covar: float = 1e-6,
+        reg_covar: Any = 1e-6,
         init: Any = "kmeans",
         n_init: int = 1,
         max_iter: int = 200,

@@ -36,7 +36,8 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         n_components: K.
         covariance: one of mclust's 14 families ("EII" ... "VVV": volume, shape and orientation are Equal, Variable or
             the Identity), or scikit-learn's "full" (VVV), "tied" (EEE), "diag" (VVI), "spherical" (VII).
-        reg_covar: added to the diagonal of covariances.
+        reg_covar: added to the diagonal of covariances, in squared units of the data; a number, or one for each column,
+            (D,). A warning says where it is not small against the variance of a column.
         prior: ``NIW`` on means and covariances, or None for maximum likelihood.
         init: "kmeans", "whitened-kmeans", "hierarchical", "random", or responsibilities (N, K) or components (N,); with
             a noise component also (N, K + 1), its own last.
@@ -72,7 +73,7 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         n_components: int = 1,
         *,
         covariance: str = "VVV",
-        reg_covar: float = 1e-6,
+        reg_covar: Any = 1e-6,
         prior: NIW | None = None,
         init: Any = "kmeans",
         n_init: int = 1,
