@@ -459,3 +459,41 @@ def test_a_prior_without_psi_does_not_save_a_constant_column():
         GaussianMixture(2, reg_covar=0, prior=NIW()).fit(constant)
     given = GaussianMixture(2, reg_covar=0, prior=NIW(psi=1.0), random_state=0).fit(constant)
     assert np.isfinite(given.score(constant))
+
+
+@pytest.mark.parametrize("score", ["score", "bic", "aic", "icl"])
+def test_weights_of_scores_are_checked(score):
+    X, _ = rows()
+    ours = GaussianMixture(3, random_state=0).fit(X)
+    weights = np.arange(200) % 3
+    found = getattr(ours, score)(X, sample_weight=weights)
+    assert found == pytest.approx(getattr(ours, score)(np.repeat(X, weights, 0)), rel=1e-12)
+    for wrong in (np.full(200, np.nan), np.where(np.arange(200) == 3, -1, 1), np.ones(3), np.zeros(200)):
+        with pytest.raises(ValueError, match=r"(?i)sample[_ ]weight"):
+            getattr(ours, score)(X, sample_weight=wrong)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-20, 1e-6, 1e20])
+@pytest.mark.parametrize("options", [{}, {"covariance": "EEE"}, {"covariance": "VVI", "noise_component": True}])
+def test_the_scale_of_weights_does_not_matter(options, scale):
+    X, _ = rows()
+    X[0, 0] = np.nan
+    one, other = (
+        GaussianMixture(3, random_state=0, **options).fit(X, sample_weight=w * np.ones(200)) for w in (1, scale)
+    )
+    same(one, other, rtol=1e-6)
+    assert one.score(X) == pytest.approx(other.score(X), rel=1e-6)
+
+
+def test_the_box_of_the_noise_knows_weights():
+    X, _ = rows()
+    X, weights = X @ [[1, 5, 0], [0, 1, 0], [0, 0, 1]], np.where(np.arange(200) < 100, 1, 9)
+    ours = GaussianMixture(2, noise_component=True, random_state=0, max_iter=500)
+    found = ours.fit(X, sample_weight=weights).noise_log_density_
+    assert found == pytest.approx(ours.fit(np.repeat(X, weights, 0)).noise_log_density_, rel=1e-12)
+    assert found != pytest.approx(ours.fit(X).noise_log_density_, rel=1e-6)
+
+
+def test_no_iterations_are_no_convergence():
+    ours = GaussianMixture(3, max_iter=0, random_state=0).fit(rows()[0])
+    assert (ours.converged_, ours.n_iter_, ours.lower_bound_) == (False, 0, -np.inf)

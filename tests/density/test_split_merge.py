@@ -227,3 +227,16 @@ def test_what_cannot_be_fitted_is_refused():
         y = [value if i == 7 else int(k) for i, k in enumerate(TRUTH)]
         with pytest.raises(OptionError, match=f"y must be whole numbers from 0, or -1 where unknown, got {seen}"):
             SplitMergeMixture(random_state=0).fit(BLOBS, y)
+
+
+def test_frames_come_in_without_a_word():
+    import pandas
+
+    frame = pandas.DataFrame(BLOBS, columns=[f"x{i}" for i in range(BLOBS.shape[1])])
+    ours = SplitMergeMixture(random_state=0).fit(frame)
+    assert np.array_equal(ours.labels_, SplitMergeMixture(random_state=0).fit(BLOBS).labels_)
+    assert np.array_equal(ours.predict(frame), ours.labels_)
+    weights = np.arange(len(BLOBS)) % 3
+    assert ours.score(frame, sample_weight=weights) == pytest.approx(ours.score(frame.loc[frame.index.repeat(weights)]))
+    with pytest.raises(ValueError, match="sample_weight"):
+        ours.score(frame, sample_weight=-weights)

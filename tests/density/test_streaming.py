@@ -5,7 +5,7 @@ import pytest
 
 from density.tables import responsibilities, rows, same, with_holes
 from mixtura.core.errors import OptionError
-from mixtura.density import FAMILIES, GaussianMixture
+from mixtura.density import FAMILIES, BayesianGaussianMixture, CannotLink, GaussianMixture, MinWeight, MustLink
 from mixtura.density._em import expectation
 from mixtura.density._parameters import scores_of
 from mixtura.density._rows import Rows
@@ -87,3 +87,32 @@ def test_wrong_streams_are_refused():
         GaussianMixture(3).partial_fit(X[:2])
     with pytest.raises(ValueError, match="features"):
         GaussianMixture(2).partial_fit(X).partial_fit(X[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "changes"),
+    [
+        (GaussianMixture(2), {"covariance": "VVI"}),
+        (GaussianMixture(2, covariance="VVI"), {"covariance": "VVV"}),
+        (GaussianMixture(2, covariance="EEE"), {"covariance": "VVV"}),
+        (BayesianGaussianMixture(2), {"covariance": "diag"}),
+        (BayesianGaussianMixture(2), {"weights": "dirichlet"}),
+    ],
+)
+def test_a_stream_does_not_change_its_form(estimator, changes):
+    X, _ = rows()
+    ours = estimator.set_params(random_state=0).partial_fit(X).set_params(**changes)
+    before = ours.means_.copy()
+    with pytest.raises(OptionError, match=r"(covariance|weights)='\w+' cannot go on from .*; fit a new mixture"):
+        ours.partial_fit(X)
+    assert np.array_equal(ours.means_, before)
+    if isinstance(ours, BayesianGaussianMixture):
+        with pytest.raises(OptionError, match="cannot go on"):
+            ours.set_params(warm_start=True).fit(X)
+
+
+@pytest.mark.parametrize("link", [MustLink([(0, 3)]), [MinWeight(0.1), CannotLink([(0, 3)])]])
+def test_links_do_not_go_with_a_stream(link):
+    X, _ = rows()
+    with pytest.raises(OptionError, match=r"constraints of rows, as \w+Link, do not go with partial_fit"):
+        GaussianMixture(2, constraints=link).partial_fit(X)

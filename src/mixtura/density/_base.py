@@ -80,7 +80,8 @@ class MixtureBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Mean log density of the rows, weighted."""
-        return float(np.average(self.score_samples(X), weights=as_numpy(sample_weight)))
+        total, weight = self._total_log_likelihood(X, sample_weight)
+        return total / weight
 
     def predict(self, X: Any) -> NDArray[np.intp]:
         """The most probable component of each row, (N,); -1 for the noise component."""

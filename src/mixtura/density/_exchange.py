@@ -34,7 +34,7 @@ class Exchange(MixtureBase):
 
         Raises:
             ShapeError: if shapes disagree.
-            OptionError: if weights are not weights.
+            OptionError: if weights are not weights, or covariances not symmetric.
             SingularComponentError: if a covariance is not positive definite.
         """
         weights_K, means_KD, given = (np.asarray(as_numpy(one), dtype=float) for one in (weights, means, covariances))
@@ -50,6 +50,8 @@ class Exchange(MixtureBase):
         if not np.isfinite(means_KD).all():
             raise OptionError("means must be finite")
         self = cls(K, covariance=family.name)  # type: ignore[call-arg]
+        if given.ndim == 3 and not (np.abs(given - given.swapaxes(1, 2)) <= 1e-8 * np.abs(given).max()).all():
+            raise OptionError("covariances must be symmetric and finite")
         if family.diagonal != (given.ndim == 2):
             given = np.diagonal(given, 0, 1, 2) if given.ndim == 3 else given[:, :, None] * np.eye(D)
         precision_roots(given)

@@ -24,6 +24,7 @@ from mixtura.density._rows import Rows
 from mixtura.density._statistics import Statistics
 from mixtura.density._streaming import Stream
 from mixtura.density.errors import SingularComponentError
+from mixtura.density.families import find_family
 from mixtura.density.priors import NIW
 
 ALGORITHMS = ("auto", "gemm", "cholesky")
@@ -77,6 +78,9 @@ class Fitting(MixtureBase):
     def _resolve_prior(self, rows: Rows) -> NIW | None:
         raise NotImplementedError
 
+    def _check_stream(self) -> None:
+        """Raise ``OptionError`` if options do not suit a stream of batches."""
+
     def _describe_rows(self, rows: Rows) -> None:
         """Keep what later scores need to know of the rows."""
 
@@ -128,12 +132,14 @@ class Fitting(MixtureBase):
                 None for steps that go to 0.
 
         Raises:
-            OptionError: if forget lies outside of 0 .. 1.
+            OptionError: if forget lies outside of 0 .. 1, constraints link rows, or options changed so that nothing
+                can go on.
         """
         if forget is not None and not 0 < forget <= 1:
             raise OptionError(f"forget must lie in 0 .. 1, got {forget!r}")
         K = self._check_options()
         begun = hasattr(self, "weights_")
+        self._check_stream()
         refuse_labels_in_y(y, [K])
         rows = check_rows(self, X, sample_weight, labels=labels, K=K, least=1 if begun else K, reset=not begun)
         stream = getattr(self, "_stream", None)
@@ -143,6 +149,7 @@ class Fitting(MixtureBase):
         model = self._model(rows, stream.prior)
         if begun:
             self._check_same_shape(rows)
+            self._check_same_form(stream.kept)
         else:
             self._describe_rows(rows)
             self._set_state(self._start(rows, model, check_random_state(self.random_state)))
@@ -215,6 +222,15 @@ class Fitting(MixtureBase):
                 f"fitting goes on from means of shape {self.means_.shape}, not ({self.n_components}, {rows.D})"
             )
 
+    def _check_same_form(self, kept: Statistics | None) -> None:
+        """Raise ``OptionError`` if ``covariance`` asks for more of covariances than there is to go on from."""
+        family, form = find_family(self.covariance), self._covariances.shape
+        if family.diagonal != (len(form) == 2) or (kept is not None and kept.pooled and family.name != "EEE"):
+            raise OptionError(
+                f"covariance={self.covariance!r} cannot go on from what was seen under another covariance; fit a new "
+                "mixture"
+            )
+
     def _climb(self, rows: Rows, model: Any, start: Any) -> Fit:
         def update(statistics: Statistics, state: Any) -> Any:
             return self._maximize(statistics, model, state)
@@ -223,7 +239,7 @@ class Fitting(MixtureBase):
         return climb(step, update, start, max_iter=self.max_iter, tol=self.tol, bound=bound)
 
     def _keep(self, fit: Fit) -> None:
-        if not fit.converged:
+        if not fit.converged and self.max_iter:
             warnings.warn(
                 f"EM stopped after max_iter={self.max_iter} iterations before the lower bound moved by less than "
                 f"tol={self.tol}",

@@ -15,7 +15,9 @@ from mixtura.density.families import Family, fit_covariances
 from mixtura.density.priors import NIW
 
 Floats = NDArray[np.floating]
-TINY_COUNT = 10 * np.finfo(np.float64).eps  # as in scikit-learn: a component without rows divides by this
+TINY_COUNT = (
+    10 * np.finfo(np.float64).eps
+)  # as in scikit-learn: a component without rows divides by this; less if all weight is below 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class MaximizationStep:
     @property
     def count_K(self) -> Floats:
         """Responsibilities of the components, summed."""
-        return self.statistics.count_K + TINY_COUNT
+        return self.statistics.count_K + TINY_COUNT * min(1.0, self.statistics.weight)
 
     def weights(self) -> tuple[Floats, float]:
         """Weights of the components, and of the noise."""

@@ -62,9 +62,10 @@ class Queries(MixtureBase):
 
     def icl(self, X: Any, sample_weight: Any = None) -> float:
         """Integrated completed likelihood: BIC less twice the log probability of each row's component."""
+        bic = self.bic(X, sample_weight)
         certainty_N = np.log(self.predict_proba(X).max(1).astype(np.float64))
         weights_N = np.ones(len(certainty_N)) if sample_weight is None else np.asarray(as_numpy(sample_weight), float)
-        return self.bic(X, sample_weight) - 2 * float(weights_N @ certainty_N)
+        return bic - 2 * float(weights_N @ certainty_N)
 
     def sample(self, n_samples: int = 1) -> tuple[Floats, NDArray[np.intp]]:
         """Draw rows, and the component of each, in the order of components.

@@ -210,8 +210,8 @@ def clip_eigenvalues(values_D: Floats, limit: float) -> Floats:
     return clipped[np.argmin((np.log(clipped) + values_D / clipped).sum(1))]
 
 
-def check_constraints(constraints: Any, K: int, D: int) -> list[Any]:
-    """Constraints as a list, each checked.
+def check_constraints(constraints: Any, K: int | None = None, D: int | None = None) -> list[Any]:
+    """Constraints as a list, each checked; against K and D if these are given.
 
     Raises:
         OptionError: if something is not a constraint, or does not suit the mixture.
@@ -228,7 +228,7 @@ def check_constraints(constraints: Any, K: int, D: int) -> list[Any]:
     for constraint in given:
         if not isinstance(constraint, Constraint | Link):
             raise OptionError(f"constraints must hold objects of mixtura.density.constraints, got {constraint!r}")
-        if isinstance(constraint, Constraint):
+        if isinstance(constraint, Constraint) and K is not None and D is not None:
             constraint.check(K, D)
     return given
 

@@ -42,7 +42,7 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         init: "kmeans", "whitened-kmeans", "hierarchical", "random", or responsibilities (N, K) or components (N,); with
             a noise component also (N, K + 1), its own last.
         n_init: starts, of which the likeliest result is kept.
-        max_iter: iterations at most.
+        max_iter: iterations at most; 0 gives the start, of which ``lower_bound_`` is -inf.
         tol: of the mean log likelihood, where iteration ends.
         weight_concentration: of a Dirichlet prior on the weights, at least 1, or None for maximum likelihood.
         noise_component: whether one more component is uniform over the region of the data; rows of it are -1.
@@ -133,6 +133,14 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         noise_weight = self.noise_weight_ or (FIRST_WEIGHT if self.noise_component else 0.0)
         weights_K = self.weights_ / self.weights_.sum() * (1 - noise_weight)
         return Parameters(weights_K, self.means_, covariances, noise_weight)
+
+    def _check_stream(self) -> None:
+        links = [one for one in check_constraints(self.constraints) if isinstance(one, Link)]
+        if links:
+            raise OptionError(
+                f"constraints of rows, as {type(links[0]).__name__}, do not go with partial_fit: the rows that they "
+                "number would be others in every batch"
+            )
 
     def _start(self, rows: Rows, model: Model, rng: np.random.RandomState) -> Parameters:
         K, noise_weight, init = self.n_components, 0.0, self.init

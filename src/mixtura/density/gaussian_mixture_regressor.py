@@ -36,6 +36,7 @@ from mixtura.density._queries import conditional_of
 from mixtura.density._rows import Rows
 from mixtura.density._tables import as_numpy, check_table
 from mixtura.density.batch import GaussianMixtureBatch
+from mixtura.density.families import find_family
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.priors import NIW
 
@@ -210,7 +211,13 @@ class GaussianMixtureRegressor(RegressorMixin, MultiOutputMixin, Saved, BaseEsti
 
     def _check_state(self) -> None:
         if self.n_components != len(self.mixture_.weights_):
-            raise ValueError("parameters have other shapes than the options say")
+            raise ValueError(
+                f"n_components={self.n_components} does not go with {len(self.mixture_.weights_)} components"
+            )
+        if find_family(self.covariance) != find_family(self.mixture_.covariance):
+            raise ValueError(
+                f"covariance={self.covariance!r} does not go with a mixture of {self.mixture_.covariance!r}"
+            )
 
     _state_type = Regression
 

@@ -1,4 +1,4 @@
-"""A prior on means and covariances, for maximum a posteriori estimates that cannot collapse. D columns."""
+"""A prior on means and covariances: with it a component of few rows does not collapse. D columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class NIW:
     Args:
         kappa: weight of ``mean``, in rows.
         nu: degrees of freedom, more than D - 1; None for D + 2.
-        psi: (D, D), or a number times the identity; None for the covariance of the data / K^(2/D).
+        psi: (D, D), or a number times the identity; None for the covariance of the data / K^(2/D), which is no help
+            where columns are constant or follow from others.
         mean: (D,); None for the mean of the data.
 
     The estimate of a VVV component is  (psi + kappa (m - mean)(m - mean).T + W_k) / (n_k + nu + D + 2)  about the

@@ -113,7 +113,7 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
         """
         self._check_options()
         data_ND = validate_data(self, as_numpy(X), dtype=[np.float64, np.float32])
-        rows, known = self._rows(data_ND, y, sample_weight)
+        rows, known = self._rows(X, y, sample_weight)
         K = self._first_size(len(known), rows)
         judge = Judge(rows, self._resolve_prior(rows), float(self.alpha), float(self.min_rows))
         rng = check_random_state(self.random_state)
@@ -126,7 +126,7 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
         self.mixture_.fit(rows.data_ND, labels=rows.labels, sample_weight=rows.weights_N)
         after = int(known[-1]) + 1 if len(known) else 0
         self.classes_ = np.concatenate([known, after + np.arange(best.K - len(known))]).astype(np.intp)
-        self.labels_ = self.predict(data_ND)
+        self.labels_ = self.classes_[self.mixture_.predict(data_ND)]
         if rows.labels is not None:
             at = np.arange(len(data_ND)) if rows.kept_N is None else np.flatnonzero(rows.kept_N)
             given = rows.labels >= 0
@@ -150,7 +150,8 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Mean log density of the rows, weighted."""
-        return float(np.average(self.score_samples(X), weights=as_numpy(sample_weight)))
+        data_ND = self._checked(X)
+        return self.mixture_.score(data_ND, sample_weight=sample_weight)
 
     def _checked(self, X: Any) -> Floats:
         check_is_fitted(self)
@@ -165,10 +166,10 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
         if self.n_components_init is not None:
             check_whole_number("n_components_init", self.n_components_init, 1)
 
-    def _rows(self, data_ND: Floats, y: Any, sample_weight: Any) -> tuple[Rows, NDArray[np.intp]]:
+    def _rows(self, X: Any, y: Any, sample_weight: Any) -> tuple[Rows, NDArray[np.intp]]:
         """Rows whose labels are 0, 1, ... in the order of the known classes, and those classes."""
-        labels = check_labels(y, len(data_ND), None, "y")
-        rows = check_rows(self, data_ND, sample_weight, K=1, reset=False)
+        rows = check_rows(self, X, sample_weight, K=1, reset=False)
+        labels = check_labels(y, rows.N if rows.kept_N is None else len(rows.kept_N), None, "y")
         if labels is None:
             return rows, np.empty(0, np.intp)
         labels = labels if rows.kept_N is None else labels[rows.kept_N]
