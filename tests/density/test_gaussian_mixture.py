@@ -18,6 +18,8 @@ from mixtura.density import (
     NIW,
     BayesianGaussianMixture,
     GaussianMixture,
+    MaxConditionNumber,
+    MinWeight,
     MixtureSearch,
     MustLink,
     SingularComponentError,
@@ -497,3 +499,50 @@ def test_the_box_of_the_noise_knows_weights():
 def test_no_iterations_are_no_convergence():
     ours = GaussianMixture(3, max_iter=0, random_state=0).fit(rows()[0])
     assert (ours.converged_, ours.n_iter_, ours.lower_bound_) == (False, 0, -np.inf)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"prior": "x"}, "prior must be a NIW or None, got 'x'"),
+        ({"prior": NIW}, "prior must be a NIW or None, got <class"),
+        ({"prior": NIW(kappa="a")}, "prior needs numbers as kappa, got 'a'"),
+        ({"prior": NIW(nu=np.nan)}, "prior needs a finite nu, got nan"),
+        ({"prior": NIW(mean=[np.nan] * 3)}, r"prior needs a finite mean, got \[nan"),
+        ({"prior": NIW(psi=[[1, 2], "a"])}, "prior needs numbers as psi"),
+        ({"random_state": np.random.default_rng(0)}, "random_state must be None, a whole number .* got Generator"),
+        ({"random_state": "a"}, "random_state must be .* got 'a'"),
+        ({"warm_start": "no"}, "warm_start must be True or False, got 'no'"),
+        ({"noise_component": "no"}, "noise_component must be True or False, got 'no'"),
+        ({"constraints": MinWeight("a")}, "MinWeight needs a minimum between 0 and 1/2, got 'a'"),
+        ({"constraints": MaxConditionNumber("a")}, "MaxConditionNumber needs a limit of at least 1, got 'a'"),
+    ],
+)
+def test_options_of_another_kind_are_named(options, text):
+    with pytest.raises(OptionError, match=text):
+        GaussianMixture(2, **options).fit(rows()[0])
+
+
+def test_what_is_masked_is_missing():
+    X, _ = rows()
+    holes = np.where(X > 6, np.nan, X)
+    for dtype in ("f8", "f4"):
+        masked = GaussianMixture(2, random_state=0).fit(np.ma.masked_greater(X.astype(dtype), 6))
+        assert np.array_equal(masked.means_, GaussianMixture(2, random_state=0).fit(holes.astype(dtype)).means_)
+    whole = np.ma.masked_equal(np.round(X).astype(int), 3)
+    assert np.isfinite(GaussianMixture(2, random_state=0).fit(whole).score(whole))
+
+
+def test_tensors_of_half_precision_come_in():
+    import torch
+
+    X = torch.tensor(rows()[0]).bfloat16()
+    ours = GaussianMixture(2, random_state=0).fit(X)
+    assert np.array_equal(ours.means_, GaussianMixture(2, random_state=0).fit(X.double().numpy()).means_)
+
+
+def test_dates_are_no_numbers():
+    days = np.arange("2020-01-01", "2020-01-09", dtype="datetime64[D]").reshape(4, 2)
+    for times in (days, days - days[0, 0]):
+        with pytest.raises(OptionError, match=r"X must hold numbers, got \w+64\[D\]"):
+            GaussianMixture().fit(times)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight
 
 from mixtura.core.errors import OptionError, ShapeError
@@ -13,6 +14,7 @@ from mixtura.density._labels import check_labels
 from mixtura.density._products import Frame
 from mixtura.density._rows import Rows
 from mixtura.density._tables import as_numpy, check_table
+from mixtura.density.priors import NIW
 
 Floats = NDArray[np.floating]
 
@@ -101,6 +103,37 @@ def check_whole_number(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
         raise OptionError(f"{name} must be a whole number of at least {low}, got {value!r}")
     return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value``, which must be True or False.
+
+    Raises:
+        OptionError: if it is not.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise OptionError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def check_prior(prior: Any) -> None:
+    """Raise ``OptionError`` unless ``prior`` is a ``NIW`` or None."""
+    if prior is not None and not isinstance(prior, NIW):
+        raise OptionError(f"prior must be a NIW or None, got {prior!r}")
+
+
+def random_numbers(random_state: Any) -> np.random.RandomState:
+    """What draws random numbers.
+
+    Raises:
+        OptionError: if ``random_state`` is neither None, a seed, nor a ``RandomState``.
+    """
+    try:
+        return check_random_state(random_state)
+    except ValueError as error:
+        raise OptionError(
+            f"random_state must be None, a whole number from 0 to 2^32 - 1, or a RandomState, got {random_state!r}"
+        ) from error
 
 
 def check_number(name: str, value: Any, low: float) -> float:

@@ -16,6 +16,7 @@ from mixtura.density._tables import as_numpy
 from mixtura.density.families import ALIASES, find_family
 
 Floats = NDArray[np.floating]
+ROUNDING = 1e-5  # of the largest covariance: what float32 leaves of symmetry
 SKLEARN_TYPES = {family: alias for alias, family in ALIASES.items()}
 
 
@@ -50,7 +51,7 @@ class Exchange(MixtureBase):
         if not np.isfinite(means_KD).all():
             raise OptionError("means must be finite")
         self = cls(K, covariance=family.name)  # type: ignore[call-arg]
-        if given.ndim == 3 and not (np.abs(given - given.swapaxes(1, 2)) <= 1e-8 * np.abs(given).max()).all():
+        if given.ndim == 3 and not (np.abs(given - given.swapaxes(1, 2)) <= ROUNDING * np.abs(given).max()).all():
             raise OptionError("covariances must be symmetric and finite")
         if family.diagonal != (given.ndim == 2):
             given = np.diagonal(given, 0, 1, 2) if given.ndim == 3 else given[:, :, None] * np.eye(D)

@@ -13,11 +13,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 
 from mixtura.core.errors import MixturaWarning, OptionError
 from mixtura.density._base import MixtureBase
-from mixtura.density._checks import check_added, check_number, check_rows, check_whole_number
+from mixtura.density._checks import (
+    check_added,
+    check_flag,
+    check_number,
+    check_prior,
+    check_rows,
+    check_whole_number,
+    random_numbers,
+)
 from mixtura.density._em import Fit, climb
 from mixtura.density._labels import refuse_labels_in_y
 from mixtura.density._rows import Rows
@@ -108,7 +115,7 @@ class Fitting(MixtureBase):
         prior = self._resolve_prior(rows)
         model = self._model(rows, prior)
         self._describe_rows(rows)
-        rng = check_random_state(self.random_state)
+        rng = random_numbers(self.random_state)
         if self.warm_start and hasattr(self, "weights_"):
             starts = [self._warm(rows)]
         else:
@@ -152,7 +159,7 @@ class Fitting(MixtureBase):
             self._check_same_form(stream.kept)
         else:
             self._describe_rows(rows)
-            self._set_state(self._start(rows, model, check_random_state(self.random_state)))
+            self._set_state(self._start(rows, model, random_numbers(self.random_state)))
         statistics = self._expectation(rows, model, self._state)
         self.lower_bound_ = self._bound(model, statistics, self._state)
         self._stream = stream.see(statistics, forget)
@@ -173,6 +180,8 @@ class Fitting(MixtureBase):
         check_whole_number("n_init", self.n_init, 1)
         check_whole_number("max_iter", self.max_iter, 0)
         check_number("tol", self.tol, 0)
+        check_flag("warm_start", self.warm_start)
+        check_prior(self.prior)
         if np.ndim(self.reg_covar) == 0:
             check_number("reg_covar", self.reg_covar, 0)
         if self.algorithm not in ALGORITHMS:

@@ -64,7 +64,7 @@ class MinWeight(Constraint):
 
     def check(self, K: int, D: int) -> None:
         """Between 0 and 1 / K."""
-        if not 0 <= self.minimum <= 1 / K:
+        if not isinstance(self.minimum, int | float | np.number) or not 0 <= self.minimum <= 1 / K:
             raise OptionError(f"MinWeight needs a minimum between 0 and 1/{K}, got {self.minimum!r}")
 
     def project(self, step: MaximizationStep, parameters: Parameters) -> Parameters:
@@ -170,7 +170,7 @@ class MaxConditionNumber(Constraint):
 
     def check(self, K: int, D: int) -> None:
         """At least 1."""
-        if not self.limit >= 1:
+        if not isinstance(self.limit, int | float | np.number) or not self.limit >= 1:
             raise OptionError(f"MaxConditionNumber needs a limit of at least 1, got {self.limit!r}")
 
     def project(self, step: MaximizationStep, parameters: Parameters) -> Parameters:

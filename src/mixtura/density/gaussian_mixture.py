@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mixtura.core.errors import OptionError
 from mixtura.density import _init
-from mixtura.density._checks import check_number
+from mixtura.density._checks import check_flag, check_number
 from mixtura.density._em import Fit, data_moments, expectation, fill_means, moments_of, threads
 from mixtura.density._exchange import Exchange
 from mixtura.density._files import SavedMixture
@@ -106,6 +106,7 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         self.warm_start = warm_start
 
     def _check_options(self) -> int:
+        check_flag("noise_component", self.noise_component)
         if self.weight_concentration is not None:
             check_number("weight_concentration", self.weight_concentration, 1)
         return super()._check_options()

@@ -14,13 +14,12 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.errors import MixturaWarning, OptionError, ShapeError
 from mixtura.density import _init
 from mixtura.density._candidates import Candidate, Table, distinct_families, try_size
-from mixtura.density._checks import check_whole_number
+from mixtura.density._checks import check_whole_number, random_numbers
 from mixtura.density._labels import check_labels, refuse_labels_in_y
 from mixtura.density._tables import as_numpy, check_table
 from mixtura.density.families import FAMILIES, Family, find_family
@@ -104,7 +103,7 @@ class MixtureSearch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMi
         return self
 
     def _seed(self) -> int:
-        return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        return int(random_numbers(self.random_state).randint(np.iinfo(np.int32).max))
 
     def _check_options(self) -> tuple[list[int], list[Family], list[str]]:
         given = [self.n_components] if np.ndim(self.n_components) == 0 else self.n_components

@@ -33,17 +33,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClusterMixin
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from mixtura.core.errors import OptionError
 from mixtura.density import _init
-from mixtura.density._checks import check_number, check_rows, check_whole_number
+from mixtura.density._checks import check_number, check_prior, check_rows, check_whole_number, random_numbers
 from mixtura.density._em import data_moments
 from mixtura.density._labels import check_labels
 from mixtura.density._partition import Judge, Partition, merge, settle, split
 from mixtura.density._rows import Rows
-from mixtura.density._tables import as_numpy
+from mixtura.density._tables import as_table
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.priors import NIW
 
@@ -112,11 +111,11 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
             OptionError, ShapeError: naming the argument.
         """
         self._check_options()
-        data_ND = validate_data(self, as_numpy(X), dtype=[np.float64, np.float32])
+        data_ND = validate_data(self, as_table(X), dtype=[np.float64, np.float32])
         rows, known = self._rows(X, y, sample_weight)
         K = self._first_size(len(known), rows)
         judge = Judge(rows, self._resolve_prior(rows), float(self.alpha), float(self.min_rows))
-        rng = check_random_state(self.random_state)
+        rng = random_numbers(self.random_state)
         found = [self._search(judge, K, rng) for _ in range(self.n_init)]
         best, self.log_joint_, self.sizes_, self.converged_ = max(found, key=lambda one: one[1])
         self.n_iter_, self.n_components_ = len(self.sizes_), best.K
@@ -155,13 +154,14 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
 
     def _checked(self, X: Any) -> Floats:
         check_is_fitted(self)
-        return validate_data(self, as_numpy(X), dtype=[np.float64, np.float32], reset=False)
+        return validate_data(self, as_table(X), dtype=[np.float64, np.float32], reset=False)
 
     def _check_options(self) -> None:
         check_whole_number("n_init", self.n_init, 1)
         check_whole_number("max_iter", self.max_iter, 1)
         check_whole_number("min_rows", self.min_rows, 0)
         check_number("tol", self.tol, 0)
+        check_prior(self.prior)
         check_number("alpha", self.alpha, np.finfo(float).tiny)
         if self.n_components_init is not None:
             check_whole_number("n_components_init", self.n_components_init, 1)
