@@ -54,7 +54,7 @@ def fit(arm: str, setting: float, X, y, U) -> tuple[np.ndarray, float]:
     weights = np.r_[np.full(len(X), float(setting)), np.ones(len(U))]
     components = np.r_[(y > 0).astype(int), np.full(len(U), -1)]
     mixture = GaussianMixture(2, covariance="EII", random_state=0)
-    mixture.fit(np.vstack([X, U]), components, sample_weight=weights)
+    mixture.fit(np.vstack([X, U]), labels=components, sample_weight=weights)
     w = (mixture.means_[1] - mixture.means_[0]) / mixture.covariances_[0, 0, 0]
     b = -w @ mixture.means_.mean(0) + np.log(mixture.weights_[1] / mixture.weights_[0])
     return w, float(b)

@@ -156,7 +156,7 @@ def test_labels_weights_and_streams_are_those_of_the_engine():
     many = BayesianGaussianMixture(3, prior=PRIOR, **options).fit(np.repeat(X, weights, 0))
     np.testing.assert_allclose(heavy.means_, many.means_, rtol=1e-9)
     assert heavy.lower_bound_ == pytest.approx(many.lower_bound_, rel=1e-9)
-    named = BayesianGaussianMixture(3, prior=NIW(kappa=1e-8), **options).fit(X, which)
+    named = BayesianGaussianMixture(3, prior=NIW(kappa=1e-8), **options).fit(X, labels=which)
     np.testing.assert_allclose(named.means_, [X[which == k].mean(0) for k in range(3)], rtol=1e-6)
     one = BayesianGaussianMixture(3, random_state=0, max_iter=1, reg_covar=0).fit(X)
     batch = BayesianGaussianMixture(3, random_state=0, reg_covar=0).partial_fit(X)
@@ -194,6 +194,7 @@ def test_files_and_going_on(weights, tmp_path):
     np.testing.assert_allclose(begun.set_params(warm_start=True).fit(X).means_, fit(X, max_iter=8).means_, rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:reg_covar")
 def test_degenerate_data_are_fitted_or_refused():
     X, _ = rows()
     flat = np.c_[X, np.ones(len(X))]

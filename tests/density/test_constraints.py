@@ -136,6 +136,7 @@ def slow_links(X, ours, must, cannot):
 @pytest.mark.parametrize(
     ("must", "cannot"), [([(0, 1), (1, 4)], []), ([], [(0, 3), (1, 2)]), ([(0, 1)], [(1, 5)])], ids=str
 )
+@pytest.mark.filterwarnings("ignore:reg_covar")
 def test_links_are_what_all_assignments_say(must, cannot):
     X, _ = rows(6)
     links = [MustLink(must)] if must else []

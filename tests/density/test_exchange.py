@@ -11,7 +11,14 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 
 from density.tables import responsibilities, rows, same
 from mixtura.core.errors import FileFormatError, OptionError
-from mixtura.density import FAMILIES, NIW, GaussianMixture, TiedWeights
+from mixtura.density import (
+    FAMILIES,
+    NIW,
+    BayesianGaussianMixture,
+    GaussianMixture,
+    GaussianMixtureRegressor,
+    TiedWeights,
+)
 from mixtura.density.families import ALIASES
 
 
@@ -116,3 +123,36 @@ def test_what_cannot_be_kept_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(OptionError, match="an option cannot be kept in a file: RandomState"):
         drawn.save(tmp_path / "mixture.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_covariances_must_be_symmetric():
+    with pytest.raises(OptionError, match="covariances must be symmetric"):
+        GaussianMixture.from_parameters([1], [[0, 0]], [[[1, 0.9], [0, 1]]])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "changes"),
+    [
+        (GaussianMixture, {"n_components": 3}),
+        (GaussianMixture, {"covariance": "VVI"}),
+        (BayesianGaussianMixture, {"covariance": "VVI"}),
+        (BayesianGaussianMixture, {"weights": "dirichlet"}),
+        (GaussianMixtureRegressor, {"n_components": 3}),
+        (GaussianMixtureRegressor, {"covariance": "VVI"}),
+    ],
+)
+def test_options_changed_after_the_fit_are_not_written(estimator, changes, tmp_path):
+    X, _ = rows()
+    ours = estimator(2, random_state=0).fit(X, X[:, 0] ** 2)
+    ours.set_params(**changes)
+    with pytest.raises(OptionError, match="what is fitted is not what the options say; fit again before save"):
+        ours.save(tmp_path / "mixture.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_iterations_told_is_kept(tmp_path):
+    ours = GaussianMixture(2, reg_covar=[1e-6, 1e-5, 1e-4], random_state=0).fit(rows()[0])
+    ours.save(tmp_path / "mixture.safetensors")
+    loaded = GaussianMixture.load(tmp_path / "mixture.safetensors")
+    assert loaded.lower_bounds_ == ours.lower_bounds_
+    assert loaded.reg_covar == ours.reg_covar

@@ -9,10 +9,11 @@ import pandas
 import polars
 import pytest
 from matplotlib.figure import Figure
+from sklearn.base import clone
 
 from density.tables import rows
 from mixtura.core.errors import OptionError
-from mixtura.density import BayesianGaussianMixture, GaussianMixture, MixtureSearch
+from mixtura.density import BayesianGaussianMixture, GaussianMixture, MixtureSearch, SplitMergeMixture
 from mixtura.density.plots import plot_components, plot_conditional, plot_criteria, plot_responsibilities
 
 X, WHICH = rows()
@@ -67,8 +68,10 @@ def test_a_column_of_text_is_named(kind):
 
 def test_labels_and_weights_may_be_series():
     frame = FRAMES["polars"].with_columns(kind=polars.Series(WHICH), weight=polars.Series(np.arange(200) % 3 + 1))
-    ours = GaussianMixture(3, max_iter=3, tol=0.1).fit(frame[NAMES], frame["kind"], sample_weight=frame["weight"])
-    plain = GaussianMixture(3, max_iter=3, tol=0.1).fit(X, WHICH, sample_weight=np.arange(200) % 3 + 1)
+    ours = GaussianMixture(3, max_iter=3, tol=0.1).fit(
+        frame[NAMES], labels=frame["kind"], sample_weight=frame["weight"]
+    )
+    plain = GaussianMixture(3, max_iter=3, tol=0.1).fit(X, labels=WHICH, sample_weight=np.arange(200) % 3 + 1)
     np.testing.assert_allclose(ours.means_, plain.means_, rtol=1e-12)  # columns lie otherwise in memory
 
 
@@ -163,3 +166,21 @@ def test_matplotlib_torch_and_transformers_are_not_imported():
     heavy = ["matplotlib", "torch", "transformers", "polars"]
     code = f"import sys, mixtura.density.plots; print(*(set({heavy}) & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""
+
+
+@pytest.mark.parametrize("estimator", [GaussianMixture(2), SplitMergeMixture(), MixtureSearch([2])])
+def test_columns_of_dates_are_named(estimator):
+    days = np.arange("2020-01-01", 200, dtype="datetime64[D]").astype("datetime64[ns]")
+    for times in (pandas.Series(days), pandas.Series(days).dt.tz_localize("UTC"), pandas.Series(days - days[0])):
+        with pytest.raises(OptionError, match="column 'day' of X must hold numbers, got"):
+            clone(estimator).fit(pandas.DataFrame(X, columns=NAMES).assign(day=times))
+        with pytest.raises(OptionError, match="column 'day' of X must hold numbers"):
+            clone(estimator).fit(pandas.DataFrame({"day": times}))
+    periods = pandas.DataFrame(X, columns=NAMES).assign(day=pandas.Series(days).dt.to_period("D"))
+    with pytest.raises(OptionError, match="column 'day' of X must hold numbers"):
+        GaussianMixture(2).fit(periods)
+    for times in (polars.Series(days).dt.date(), polars.Series(days)):
+        with pytest.raises(OptionError, match="column 'day' of X must hold numbers, got Date"):
+            clone(estimator).fit(polars.DataFrame({"day": times}))
+    with pytest.raises(OptionError, match="X must be a table, got a LazyFrame: collect it first"):
+        clone(estimator).fit(FRAMES["polars"].lazy())

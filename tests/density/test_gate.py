@@ -55,8 +55,8 @@ def test_a_routing_is_a_soft_label():
     mixture = GaussianMixture(3, random_state=0).fit(X)
     np.testing.assert_allclose(soft_labels(as_gate(mixture)(TOKENS)), mixture.predict_proba(X), atol=2e-5)
     hard = select(np.eye(3)[WHICH] * 9, SelectionSpec(k=1, renormalize=1))
-    named = GaussianMixture(3, max_iter=2, tol=1).fit(X, soft_labels(hard))
-    same(named, GaussianMixture(3, max_iter=2, tol=1).fit(X, WHICH), rtol=1e-9)
+    named = GaussianMixture(3, max_iter=2, tol=1).fit(X, labels=soft_labels(hard))
+    same(named, GaussianMixture(3, max_iter=2, tol=1).fit(X, labels=WHICH), rtol=1e-9)
     empty = routing.keep(hard, np.arange(200) > 0)
     np.testing.assert_array_equal(soft_labels(empty)[0], np.ones(3))
 

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.base import clone
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as SklearnMixture
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 from density.tables import degenerate_tables, responsibilities, rows, same
 from mixtura.core.errors import MixturaError, MixturaWarning, OptionError, ShapeError, UnknownNameError
@@ -15,6 +18,9 @@ from mixtura.density import (
     NIW,
     BayesianGaussianMixture,
     GaussianMixture,
+    MaxConditionNumber,
+    MinWeight,
+    MixtureSearch,
     MustLink,
     SingularComponentError,
 )
@@ -95,9 +101,10 @@ def test_errors_in_threads_are_those_without():
     certain.set_params(warm_start=True, batch_size=50)
     for n_jobs in (1, 2):
         with pytest.raises(OptionError, match="X holds a row whose density is 0"):
-            certain.set_params(n_jobs=n_jobs).fit(X, np.where(np.arange(500) == 499, 1, -1))
+            certain.set_params(n_jobs=n_jobs).fit(X, labels=np.where(np.arange(500) == 499, 1, -1))
 
 
+@pytest.mark.filterwarnings("ignore:reg_covar")
 def test_pooled_moments_know_priors_noise_and_links():
     X, _ = rows()
     for extra in ({"prior": NIW()}, {"noise_component": True}, {"constraints": MustLink([[0, 1]])}, {"reg_covar": 2.0}):
@@ -164,7 +171,7 @@ def test_scaled_weights_change_only_bic():
 )
 def test_all_labels_given_is_discriminant_analysis(family, peer):
     X, y = rows()
-    ours = GaussianMixture(3, covariance=family, reg_covar=0, max_iter=1, tol=0).fit(X, y)
+    ours = GaussianMixture(3, covariance=family, reg_covar=0, max_iter=1, tol=0).fit(X, labels=y)
     np.testing.assert_allclose(ours.means_, [X[y == k].mean(0) for k in range(3)], rtol=1e-12)
     np.testing.assert_allclose(ours.weights_, np.bincount(y) / len(y), rtol=1e-12)
     within = np.stack([np.cov(X[y == k].T, bias=True) for k in range(3)])
@@ -180,9 +187,9 @@ def test_all_labels_given_is_discriminant_analysis(family, peer):
 
 def test_labels_unknown_everywhere_change_nothing():
     X, _ = rows()
-    plain, unknown = (GaussianMixture(3, random_state=0).fit(X, y) for y in (None, np.full(len(X), -1)))
+    plain, unknown = (GaussianMixture(3, random_state=0).fit(X, labels=y) for y in (None, np.full(len(X), -1)))
     assert np.array_equal(plain.means_, unknown.means_)
-    soft = GaussianMixture(3, random_state=0).fit(X, np.ones((len(X), 3)))
+    soft = GaussianMixture(3, random_state=0).fit(X, labels=np.ones((len(X), 3)))
     same(plain, soft, rtol=1e-9)
 
 
@@ -190,19 +197,67 @@ def test_some_labels_name_the_components():
     X, which = rows()
     for order in ([0, 1, 2], [2, 0, 1]):
         y = np.where(np.arange(len(X)) % 10 == 0, np.array(order)[which], -1)
-        ours = GaussianMixture(3, random_state=0).fit(X, y)
+        ours = GaussianMixture(3, random_state=0).fit(X, labels=y)
         assert (ours.predict(X) == np.array(order)[which]).mean() > 0.85
-    hard = GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, y)
+    hard = GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, labels=y)
     soft = np.where(y[:, None] >= 0, np.eye(3)[y], 1.0)
-    same(hard, GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, soft), rtol=1e-9)
+    same(hard, GaussianMixture(3, random_state=0, tol=0, max_iter=5).fit(X, labels=soft), rtol=1e-9)
 
 
-def test_what_cannot_be_labels_is_ignored_with_a_warning():
-    X, _ = rows()
-    plain = GaussianMixture(3, random_state=0).fit(X)
-    for y in (X[:, 0], np.full(len(X), 3), np.full(len(X), -2)):
-        with pytest.warns(MixturaWarning, match="y is ignored: labels of components must be whole numbers from -1"):
-            assert np.array_equal(GaussianMixture(3, random_state=0).fit(X, y).means_, plain.means_)
+@pytest.mark.parametrize("estimator", [GaussianMixture, BayesianGaussianMixture])
+@pytest.mark.parametrize(
+    ("value", "seen"), [(0.5, "0.5"), (np.nan, "nan"), (3, "3"), (-2, "-2"), ("a", "'"), (None, "None")]
+)
+def test_what_cannot_be_labels_is_refused(estimator, value, seen):
+    X, which = rows()
+    labels = [value if i == 7 else int(k) for i, k in enumerate(which)]
+    accepted = r"labels must be components from 0 to 2, or -1 where unknown, got "
+    for fit in (estimator(3).fit, estimator(3).fit_predict, estimator(3).partial_fit):
+        with pytest.raises(OptionError, match=f"{accepted}{seen}"):
+            fit(X, labels=labels)
+    with pytest.raises(ShapeError, match=r"labels must have one for each of 200 rows, got shape \(\)"):
+        estimator(3).fit(X, labels=3)
+    soft = np.eye(3)[which]
+    soft[5] = [0, -1, 2]
+    with pytest.raises(OptionError, match=r"labels must be finite, not negative, .* got a row \[0.0, -1.0, 2.0\]"):
+        estimator(3).fit(X, labels=soft)
+
+
+@pytest.mark.parametrize("estimator", [GaussianMixture, BayesianGaussianMixture])
+def test_the_target_of_a_pipeline_is_no_label(estimator):
+    X, which = rows()
+    plain = estimator(3, random_state=0, max_iter=500).fit(X)
+    for y in (
+        which,
+        np.array(list("abc"))[which],
+        np.where(which == 0, -1, 1),
+        X[:, 0],
+        X[:, :2],
+        np.eye(3)[which] * 7,
+    ):
+        piped = Pipeline([("mixture", clone(plain)), ("last", FunctionTransformer())]).fit(X, y)["mixture"]
+        assert np.array_equal(piped.means_, plain.means_)
+        assert np.array_equal(clone(plain).fit(X, y).means_, plain.means_)
+        assert np.array_equal(clone(plain).fit_predict(X, y), plain.predict(X))
+    same = [clone(plain).partial_fit(X, y).means_ for y in (None, which)]
+    assert np.array_equal(*same)
+    known = Pipeline([("mixture", clone(plain))]).fit(X, mixture__labels=which)["mixture"]
+    assert not np.allclose(known.means_, plain.means_)
+
+
+@pytest.mark.parametrize("estimator", [GaussianMixture(3), BayesianGaussianMixture(3), MixtureSearch([2, 3])])
+def test_labels_in_the_place_of_a_target_are_refused(estimator):
+    X, which = rows()
+    for y in (np.where(which == 0, 0, -1), np.where(which == 0, -1, which), np.where(which == 0, -1.0, which)):
+        with pytest.raises(OptionError, match=r"y is ignored, but holds -1 beside other classes, .* pass labels="):
+            clone(estimator).fit(X, y)
+    soft = np.where((which == 0)[:, None], 1.0, np.eye(3)[which])
+    for y in (np.eye(3)[which], soft, np.full((200, 3), 1 / 3)):
+        with pytest.raises(OptionError, match="y is ignored, but holds probabilities of components"):
+            clone(estimator).fit_predict(X, y)
+    if hasattr(estimator, "partial_fit"):
+        with pytest.raises(OptionError, match="pass labels="):
+            clone(estimator).partial_fit(X, soft)
 
 
 def test_float32_stays_close_and_keeps_its_type():
@@ -220,10 +275,12 @@ def test_torch_tensors_come_in():
     import torch
 
     X, y = rows()
-    ours = GaussianMixture(3, random_state=0).fit(torch.tensor(X), torch.tensor(y), sample_weight=torch.ones(len(X)))
+    ours = GaussianMixture(3, random_state=0).fit(
+        torch.tensor(X), labels=torch.tensor(y), sample_weight=torch.ones(len(X))
+    )
     assert np.array_equal(ours.predict(torch.tensor(X)), ours.predict(X))
     assert np.array_equal(
-        ours.means_, GaussianMixture(3, random_state=0).fit(X, y, sample_weight=np.ones(len(X))).means_
+        ours.means_, GaussianMixture(3, random_state=0).fit(X, labels=y, sample_weight=np.ones(len(X))).means_
     )
 
 
@@ -333,8 +390,8 @@ def test_failures_have_names():
         GaussianMixture(2, init="sdp").fit(X)
     with pytest.raises(ShapeError, match=r"init must be responsibilities \(200, 2\)"):
         GaussianMixture(2, init=np.ones((200, 3))).fit(X)
-    with pytest.raises(ShapeError, match="y must have a label for each of 200 rows"):
-        GaussianMixture(2).fit(X, [0, 1])
+    with pytest.raises(ShapeError, match="labels must have one for each of 200 rows"):
+        GaussianMixture(2).fit(X, labels=[0, 1])
     with pytest.raises(ValueError, match="at least one non-zero"):
         GaussianMixture(2).fit(X, sample_weight=np.zeros(200))
     with pytest.raises(OptionError, match="X must lie within"):
@@ -364,3 +421,128 @@ def test_not_converged_is_said():
     X, _ = rows()
     with pytest.warns(ConvergenceWarning, match="EM stopped after max_iter=1"):
         GaussianMixture(3, max_iter=1).fit(X)
+
+
+@pytest.mark.parametrize("estimator", [GaussianMixture, BayesianGaussianMixture])
+def test_a_reg_covar_that_is_much_of_a_variance_is_told(estimator):
+    import pandas
+
+    X, _ = rows()
+    narrow = pandas.DataFrame({"a": X[:, 0], "b": X[:, 1], "height": 1e-3 * X[:, 2] / X[:, 2].std()})
+    text = r"reg_covar=1e-06 is 1 times the variance of column 'height' of X, .* rescale the column, or give a smaller"
+    for fit in (estimator(2, random_state=0, max_iter=500).fit, estimator(2, random_state=0).partial_fit):
+        with pytest.warns(MixturaWarning, match=text):
+            fit(narrow)
+    estimator(2, random_state=0, max_iter=500, reg_covar=[1e-6, 1e-6, 1e-12]).fit(narrow)
+    constant = np.c_[X[:, :2], np.full(len(X), 0.1), np.full(len(X), np.nan)]
+    with pytest.warns(MixturaWarning, match="hold no value") as seen:
+        estimator(2, random_state=0, max_iter=500).fit(constant)
+    assert len(seen) == 1
+
+
+def test_a_reg_covar_for_each_column():
+    X, _ = rows()
+    options = {"init": responsibilities(), "max_iter": 5, "tol": 0}
+    for family in ("VVV", "VVI", "EEE"):
+        plain = GaussianMixture(3, covariance=family, reg_covar=1e-3, **options).fit(X)
+        units = np.array([1, 10, 0.1])
+        other = GaussianMixture(3, covariance=family, reg_covar=1e-3 * units**2, **options).fit(X * units)
+        np.testing.assert_allclose(other.covariances_, plain.covariances_ * np.outer(units, units), rtol=1e-8)
+    with pytest.raises(ShapeError, match=r"reg_covar must be a number or \(3,\), got shape \(2,\)"):
+        GaussianMixture(reg_covar=[1, 2]).fit(X)
+    with pytest.raises(OptionError, match="reg_covar must be finite and not negative"):
+        GaussianMixture(reg_covar=[1, 2, -3]).fit(X)
+
+
+def test_a_prior_without_psi_does_not_save_a_constant_column():
+    X, _ = rows()
+    constant = np.c_[X, np.ones(len(X))]
+    with pytest.raises(SingularComponentError, match=r"column 3 of X .* give a reg_covar or a prior with a psi"):
+        GaussianMixture(2, reg_covar=0, prior=NIW()).fit(constant)
+    given = GaussianMixture(2, reg_covar=0, prior=NIW(psi=1.0), random_state=0).fit(constant)
+    assert np.isfinite(given.score(constant))
+
+
+@pytest.mark.parametrize("score", ["score", "bic", "aic", "icl"])
+def test_weights_of_scores_are_checked(score):
+    X, _ = rows()
+    ours = GaussianMixture(3, random_state=0).fit(X)
+    weights = np.arange(200) % 3
+    found = getattr(ours, score)(X, sample_weight=weights)
+    assert found == pytest.approx(getattr(ours, score)(np.repeat(X, weights, 0)), rel=1e-12)
+    for wrong in (np.full(200, np.nan), np.where(np.arange(200) == 3, -1, 1), np.ones(3), np.zeros(200)):
+        with pytest.raises(ValueError, match=r"(?i)sample[_ ]weight"):
+            getattr(ours, score)(X, sample_weight=wrong)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-20, 1e-6, 1e20])
+@pytest.mark.parametrize("options", [{}, {"covariance": "EEE"}, {"covariance": "VVI", "noise_component": True}])
+def test_the_scale_of_weights_does_not_matter(options, scale):
+    X, _ = rows()
+    X[0, 0] = np.nan
+    one, other = (
+        GaussianMixture(3, random_state=0, **options).fit(X, sample_weight=w * np.ones(200)) for w in (1, scale)
+    )
+    same(one, other, rtol=1e-6)
+    assert one.score(X) == pytest.approx(other.score(X), rel=1e-6)
+
+
+def test_the_box_of_the_noise_knows_weights():
+    X, _ = rows()
+    X, weights = X @ [[1, 5, 0], [0, 1, 0], [0, 0, 1]], np.where(np.arange(200) < 100, 1, 9)
+    ours = GaussianMixture(2, noise_component=True, random_state=0, max_iter=500)
+    found = ours.fit(X, sample_weight=weights).noise_log_density_
+    assert found == pytest.approx(ours.fit(np.repeat(X, weights, 0)).noise_log_density_, rel=1e-12)
+    assert found != pytest.approx(ours.fit(X).noise_log_density_, rel=1e-6)
+
+
+def test_no_iterations_are_no_convergence():
+    ours = GaussianMixture(3, max_iter=0, random_state=0).fit(rows()[0])
+    assert (ours.converged_, ours.n_iter_, ours.lower_bound_) == (False, 0, -np.inf)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"prior": "x"}, "prior must be a NIW or None, got 'x'"),
+        ({"prior": NIW}, "prior must be a NIW or None, got <class"),
+        ({"prior": NIW(kappa="a")}, "prior needs numbers as kappa, got 'a'"),
+        ({"prior": NIW(nu=np.nan)}, "prior needs a finite nu, got nan"),
+        ({"prior": NIW(mean=[np.nan] * 3)}, r"prior needs a finite mean, got \[nan"),
+        ({"prior": NIW(psi=[[1, 2], "a"])}, "prior needs numbers as psi"),
+        ({"random_state": np.random.default_rng(0)}, "random_state must be None, a whole number .* got Generator"),
+        ({"random_state": "a"}, "random_state must be .* got 'a'"),
+        ({"warm_start": "no"}, "warm_start must be True or False, got 'no'"),
+        ({"noise_component": "no"}, "noise_component must be True or False, got 'no'"),
+        ({"constraints": MinWeight("a")}, "MinWeight needs a minimum between 0 and 1/2, got 'a'"),
+        ({"constraints": MaxConditionNumber("a")}, "MaxConditionNumber needs a limit of at least 1, got 'a'"),
+    ],
+)
+def test_options_of_another_kind_are_named(options, text):
+    with pytest.raises(OptionError, match=text):
+        GaussianMixture(2, **options).fit(rows()[0])
+
+
+def test_what_is_masked_is_missing():
+    X, _ = rows()
+    holes = np.where(X > 6, np.nan, X)
+    for dtype in ("f8", "f4"):
+        masked = GaussianMixture(2, random_state=0).fit(np.ma.masked_greater(X.astype(dtype), 6))
+        assert np.array_equal(masked.means_, GaussianMixture(2, random_state=0).fit(holes.astype(dtype)).means_)
+    whole = np.ma.masked_equal(np.round(X).astype(int), 3)
+    assert np.isfinite(GaussianMixture(2, random_state=0).fit(whole).score(whole))
+
+
+def test_tensors_of_half_precision_come_in():
+    import torch
+
+    X = torch.tensor(rows()[0]).bfloat16()
+    ours = GaussianMixture(2, random_state=0).fit(X)
+    assert np.array_equal(ours.means_, GaussianMixture(2, random_state=0).fit(X.double().numpy()).means_)
+
+
+def test_dates_are_no_numbers():
+    days = np.arange("2020-01-01", "2020-01-09", dtype="datetime64[D]").reshape(4, 2)
+    for times in (days, days - days[0, 0]):
+        with pytest.raises(OptionError, match=r"X must hold numbers, got \w+64\[D\]"):
+            GaussianMixture().fit(times)

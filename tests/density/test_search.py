@@ -87,10 +87,10 @@ def test_what_a_mixture_can_do_a_search_can():
     assert found.best_[:3] == kept.best_[:3]
     assert found.best_.score == pytest.approx(kept.best_.score, rel=1e-9)
     labels = np.where(np.arange(len(X)) % 4 == 0, which, -1)
-    named = MixtureSearch(range(1, 4), **SMALL).fit(X, labels)
+    named = MixtureSearch(range(1, 4), **SMALL).fit(X, labels=labels)
     assert {one.n_components for one in named.candidates_} == {3}
     assert (named.predict(X) == which).mean() > 0.8
-    soft = MixtureSearch(range(1, 5), **SMALL).fit(X, np.where(labels[:, None] >= 0, np.eye(3)[which], 1.0))
+    soft = MixtureSearch(range(1, 5), **SMALL).fit(X, labels=np.where(labels[:, None] >= 0, np.eye(3)[which], 1.0))
     assert {one.n_components for one in soft.candidates_} == {3}
     noisy = MixtureSearch([2], mixture=GaussianMixture(noise_component=True, tol=1e-4), **SMALL).fit(X)
     assert noisy.best_estimator_.noise_weight_ > 0
@@ -154,5 +154,5 @@ def test_wrong_options_are_refused():
     for options, error, text in wrong:
         with pytest.raises(error, match=text):
             MixtureSearch(**options).fit(X)
-    with pytest.raises(ShapeError, match="y has 7 columns, and no n_components tried is as large"):
-        MixtureSearch([2]).fit(X, np.ones((200, 7)))
+    with pytest.raises(ShapeError, match="labels have 7 columns, and no n_components tried is as large"):
+        MixtureSearch([2]).fit(X, labels=np.ones((200, 7)))

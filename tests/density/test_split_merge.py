@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.preprocessing import normalize
 
 from density.tables import degenerate_tables
-from mixtura.core.errors import MixturaError, MixturaWarning, OptionError, ShapeError
+from mixtura.core.errors import MixturaError, OptionError, ShapeError
 from mixtura.density import NIW, SplitMergeMixture
 from mixtura.density._em import moments_of
 from mixtura.density._partition import (
@@ -215,7 +215,7 @@ def test_any_finite_table_gives_finite_parameters(table, start, labelled):
 def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(OptionError, match="n_components_init=2 is less than the 5 classes in y"):
         SplitMergeMixture(2).fit(BLOBS, TRUTH)
-    with pytest.raises(ShapeError, match=r"y must have one label for each of 400 rows, got shape \(400, 2\)"):
+    with pytest.raises(ShapeError, match=r"y must have one column, got shape \(400, 2\)"):
         SplitMergeMixture().fit(BLOBS, np.ones((400, 2)))
     with pytest.raises(OptionError, match="alpha must be a number of at least"):
         SplitMergeMixture(alpha=0).fit(BLOBS)
@@ -223,5 +223,20 @@ def test_what_cannot_be_fitted_is_refused():
         SplitMergeMixture(prior=NIW(kappa=0)).fit(BLOBS)
     with pytest.raises(ValueError, match="Input X contains NaN"):
         SplitMergeMixture().fit(np.where(BLOBS > 0, BLOBS, np.nan))
-    with pytest.warns(MixturaWarning, match="y is ignored: labels of components must be whole numbers"):
-        SplitMergeMixture(random_state=0, max_iter=1).fit(BLOBS, BLOBS[:, 0])
+    for value, seen in ((0.5, "0.5"), (np.nan, "nan"), (-2, "-2"), ("a", "'")):
+        y = [value if i == 7 else int(k) for i, k in enumerate(TRUTH)]
+        with pytest.raises(OptionError, match=f"y must be whole numbers from 0, or -1 where unknown, got {seen}"):
+            SplitMergeMixture(random_state=0).fit(BLOBS, y)
+
+
+def test_frames_come_in_without_a_word():
+    import pandas
+
+    frame = pandas.DataFrame(BLOBS, columns=[f"x{i}" for i in range(BLOBS.shape[1])])
+    ours = SplitMergeMixture(random_state=0).fit(frame)
+    assert np.array_equal(ours.labels_, SplitMergeMixture(random_state=0).fit(BLOBS).labels_)
+    assert np.array_equal(ours.predict(frame), ours.labels_)
+    weights = np.arange(len(BLOBS)) % 3
+    assert ours.score(frame, sample_weight=weights) == pytest.approx(ours.score(frame.loc[frame.index.repeat(weights)]))
+    with pytest.raises(ValueError, match="sample_weight"):
+        ours.score(frame, sample_weight=-weights)

@@ -5,7 +5,7 @@ import pytest
 
 from density.tables import responsibilities, rows, same, with_holes
 from mixtura.core.errors import OptionError
-from mixtura.density import FAMILIES, GaussianMixture
+from mixtura.density import FAMILIES, BayesianGaussianMixture, CannotLink, GaussianMixture, MinWeight, MustLink
 from mixtura.density._em import expectation
 from mixtura.density._parameters import scores_of
 from mixtura.density._rows import Rows
@@ -64,8 +64,10 @@ def test_weights_and_labels_count_in_a_stream():
     heavy = GaussianMixture(3, **options).partial_fit(X, sample_weight=weights)
     many = GaussianMixture(3, **{**options, "init": np.repeat(responsibilities(), weights, 0)})
     same(heavy, many.partial_fit(np.repeat(X, weights, 0)), rtol=1e-9)
-    named = GaussianMixture(3, random_state=0).partial_fit(X, which)
+    named = GaussianMixture(3, random_state=0).partial_fit(X, labels=which)
     np.testing.assert_allclose(named.means_, [X[which == k].mean(0) for k in range(3)], rtol=1e-9)
+    turned = named.partial_fit(X, labels=2 - which, forget=1)  # in later batches too
+    np.testing.assert_allclose(turned.means_, [X[which == 2 - k].mean(0) for k in range(3)], rtol=1e-9)
 
 
 def test_a_batch_of_one_row_is_enough_once_begun():
@@ -85,3 +87,32 @@ def test_wrong_streams_are_refused():
         GaussianMixture(3).partial_fit(X[:2])
     with pytest.raises(ValueError, match="features"):
         GaussianMixture(2).partial_fit(X).partial_fit(X[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "changes"),
+    [
+        (GaussianMixture(2), {"covariance": "VVI"}),
+        (GaussianMixture(2, covariance="VVI"), {"covariance": "VVV"}),
+        (GaussianMixture(2, covariance="EEE"), {"covariance": "VVV"}),
+        (BayesianGaussianMixture(2), {"covariance": "diag"}),
+        (BayesianGaussianMixture(2), {"weights": "dirichlet"}),
+    ],
+)
+def test_a_stream_does_not_change_its_form(estimator, changes):
+    X, _ = rows()
+    ours = estimator.set_params(random_state=0).partial_fit(X).set_params(**changes)
+    before = ours.means_.copy()
+    with pytest.raises(OptionError, match=r"(covariance|weights)='\w+' cannot go on from .*; fit a new mixture"):
+        ours.partial_fit(X)
+    assert np.array_equal(ours.means_, before)
+    if isinstance(ours, BayesianGaussianMixture):
+        with pytest.raises(OptionError, match="cannot go on"):
+            ours.set_params(warm_start=True).fit(X)
+
+
+@pytest.mark.parametrize("link", [MustLink([(0, 3)]), [MinWeight(0.1), CannotLink([(0, 3)])]])
+def test_links_do_not_go_with_a_stream(link):
+    X, _ = rows()
+    with pytest.raises(OptionError, match=r"constraints of rows, as \w+Link, do not go with partial_fit"):
+        GaussianMixture(2, constraints=link).partial_fit(X)

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from mixtura.density._checks import as_numpy, check_table, mixture_frame
+from mixtura.density._checks import mixture_frame
 from mixtura.density._em import Index, evaluate
 from mixtura.density._parameters import Parameters, Scores, full_covariances, scores_of
 from mixtura.density._rows import Rows
+from mixtura.density._tables import as_numpy, check_table
 
 Floats = NDArray[np.floating]
 
@@ -79,7 +80,8 @@ class MixtureBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixi
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Mean log density of the rows, weighted."""
-        return float(np.average(self.score_samples(X), weights=as_numpy(sample_weight)))
+        total, weight = self._total_log_likelihood(X, sample_weight)
+        return total / weight
 
     def predict(self, X: Any) -> NDArray[np.intp]:
         """The most probable component of each row, (N,); -1 for the noise component."""

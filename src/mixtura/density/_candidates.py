@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold, check_cv
 from sklearn.utils import check_random_state
 
-from mixtura.core.errors import MixturaError, MixturaWarning
+from mixtura.core.errors import MixturaError
 from mixtura.density import _init
 from mixtura.density._checks import check_rows
 from mixtura.density.errors import SingularComponentError
@@ -54,7 +54,7 @@ class Table(NamedTuple):
     """What is fitted, and how it is judged."""
 
     data_ND: Floats
-    y: Any
+    labels: Any
     weights: Any
     criterion: str
     cv: Any
@@ -69,7 +69,7 @@ class Table(NamedTuple):
             yield fitted, held_out
 
     def _pick(self, index: NDArray[np.intp]) -> Table:
-        given = (self.data_ND, self.y, self.weights)
+        given = (self.data_ND, self.labels, self.weights)
         parts = (None if values is None else np.asarray(values)[index] for values in given)
         return Table(*parts, self.criterion, self.cv, self.seed)
 
@@ -99,9 +99,7 @@ def try_size(
 
 def _start(table: Table, mixture: GaussianMixture, init: str) -> NDArray[Any]:
     """Where every family starts; rows of weight 0 are not looked at."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MixturaWarning)  # the fits say the same again
-        rows = check_rows(clone(mixture), table.data_ND, table.y, table.weights, K=mixture.n_components)
+    rows = check_rows(clone(mixture), table.data_ND, table.weights, labels=table.labels, K=mixture.n_components)
     given = _init.start(init, rows, mixture.n_components, check_random_state(table.seed))
     if rows.kept_N is None:
         return given
@@ -154,7 +152,7 @@ def _cross_validate(mixture: GaussianMixture, table: Table, init: str) -> float:
 def _quietly(mixture: GaussianMixture, table: Table) -> GaussianMixture:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said of the best one
-        return mixture.fit(table.data_ND, table.y, sample_weight=table.weights)
+        return mixture.fit(table.data_ND, labels=table.labels, sample_weight=table.weights)
 
 
 def _failed(K: int, family: Family, init: str, table: Table, error: MixturaError) -> Candidate:

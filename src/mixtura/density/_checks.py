@@ -1,75 +1,42 @@
-"""What comes in: tables, labels, weights, noise, checked and named. N rows, D columns, K components."""
+"""What comes in: rows, weights, noise, numbers, checked and named. N rows, D columns, K components."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils.validation import _check_sample_weight, validate_data
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight
 
-from mixtura.core.arrays import is_torch
-from mixtura.core.errors import MixturaWarning, OptionError, ShapeError
+from mixtura.core.errors import OptionError, ShapeError
+from mixtura.density._labels import check_labels
 from mixtura.density._products import Frame
 from mixtura.density._rows import Rows
+from mixtura.density._tables import as_numpy, check_table
+from mixtura.density.priors import NIW
 
 Floats = NDArray[np.floating]
-LARGEST = 1e150  # squares must be finite
-
-
-def as_numpy(x: Any) -> Any:
-    """A torch tensor as a numpy array; anything else as it is."""
-    return x.detach().cpu().numpy() if is_torch(x) else x
-
-
-def check_table(estimator: Any, X: Any, *, reset: bool) -> Floats:
-    """A table of float32 or float64, in which NaN stands for a missing value.
-
-    Raises:
-        ValueError: if it is not a finite table (scikit-learn's own words), or OptionError if squares would overflow or
-            a column of a frame holds no numbers.
-    """
-    given = as_numpy(X)
-    try:
-        X = validate_data(estimator, given, dtype=[np.float64, np.float32], ensure_all_finite="allow-nan", reset=reset)
-    except ValueError as error:
-        if "could not convert" not in str(error) or not hasattr(given, "columns"):
-            raise
-        raise OptionError(f"column {_without_numbers(given)!r} of X must hold numbers: {error}") from error
-    largest = max(float(np.fmax.reduce(X, axis=None)), -float(np.fmin.reduce(X, axis=None)))
-    if largest > LARGEST:
-        raise OptionError(f"X must lie within +-{LARGEST:.0e}, got {largest:.3g}: rescale the columns")
-    return X
-
-
-def _without_numbers(frame: Any) -> Any:
-    """Name of the first column of a frame that cannot be read as numbers."""
-    for name in frame.columns:
-        try:
-            np.asarray(frame[name], dtype=float)
-        except (TypeError, ValueError):
-            return name
-    return None
 
 
 def check_rows(
     estimator: Any,
     X: Any,
-    y: Any = None,
     sample_weight: Any = None,
     noise_cov: Any = None,
     *,
+    labels: Any = None,
     K: int,
+    least: int | None = None,
     reset: bool = True,
 ) -> Rows:
-    """Rows to fit to; those of weight 0 are left out.
+    """Rows to fit to, at least ``least`` of them, or K; those of weight 0 are left out.
 
     Raises:
         OptionError, ShapeError: naming the argument.
     """
     data_ND = check_table(estimator, X, reset=reset)
-    labels = check_labels(as_numpy(y), len(data_ND), K)
+    labels = check_labels(labels, len(data_ND), K)
     noise = check_noise(as_numpy(noise_cov), data_ND)
     weights_N, kept_N = None, None
     if sample_weight is not None:
@@ -80,45 +47,9 @@ def check_rows(
         else:
             data_ND, weights_N = data_ND[kept_N], weights_N[kept_N]
             labels, noise = (None if one is None else one[kept_N] for one in (labels, noise))
-    if len(data_ND) < K:
+    if len(data_ND) < (K if least is None else least):
         raise OptionError(f"n_components={K} is more than the {len(data_ND)} rows of X (n_samples={len(data_ND)})")
     return Rows(data_ND, weights_N, labels, noise, estimator.batch_size, kept_N)
-
-
-def check_labels(y: Any, N: int, K: int) -> NDArray[Any] | None:
-    """Components of rows, -1 where unknown, or probabilities of components; None where nothing is known.
-
-    Raises:
-        OptionError: if soft labels are negative, or all zero in a row.
-        ShapeError: if there are not as many as rows, or soft labels do not have a column for each component.
-    """
-    if y is None:
-        return None
-    y = np.asarray(y)
-    if len(y) != N:
-        raise ShapeError(f"y must have a label for each of {N} rows, got {len(y)}")
-    if y.ndim == 2 and y.shape[1] != 1:
-        return _check_soft_labels(y, K)
-    y = y.reshape(-1)
-    whole = y.dtype.kind in "iub" or (y.dtype.kind == "f" and np.isfinite(y).all() and (y == np.floor(y)).all())
-    if not whole or (N and (y.min() < -1 or y.max() >= K)):
-        warnings.warn(
-            f"y is ignored: labels of components must be whole numbers from -1 (unknown) to {K - 1}, got "
-            f"{y.dtype} such as {y[:3].tolist()}",
-            MixturaWarning,
-            stacklevel=2,
-        )
-        return None
-    return None if (y == -1).all() else y.astype(np.intp)
-
-
-def _check_soft_labels(y: NDArray[Any], K: int) -> Floats:
-    if y.shape[1] != K:
-        raise ShapeError(f"y must have a column for each of {K} components, got shape {y.shape}")
-    y = y.astype(np.float64)
-    if not (np.isfinite(y).all() and (y >= 0).all() and (y.sum(1) > 0).all()):
-        raise OptionError("y of soft labels must be finite, not negative, and not all zero in a row")
-    return y
 
 
 def check_noise(noise_cov: Any, data_ND: Floats) -> Floats | None:
@@ -142,6 +73,20 @@ def check_noise(noise_cov: Any, data_ND: Floats) -> Floats | None:
     return noise if noise.any() else None
 
 
+def check_added(name: str, value: Any, D: int) -> Floats:
+    """What is added to the variance of each column, (D,): a number, or one for each column.
+
+    Raises:
+        OptionError, ShapeError: naming the option.
+    """
+    added = np.asarray(value, dtype=np.float64)
+    if added.shape not in ((), (D,)):
+        raise ShapeError(f"{name} must be a number or ({D},), got shape {added.shape}")
+    if not (np.isfinite(added).all() and (added >= 0).all()):
+        raise OptionError(f"{name} must be finite and not negative, got {value!r}")
+    return np.broadcast_to(added, D)
+
+
 def mixture_frame(weights_K: Floats, means_KD: Floats, variances_KD: Floats) -> Frame:
     """Center and scale of a mixture: they depend on no batch."""
     share_K = weights_K / weights_K.sum()
@@ -158,6 +103,37 @@ def check_whole_number(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
         raise OptionError(f"{name} must be a whole number of at least {low}, got {value!r}")
     return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value``, which must be True or False.
+
+    Raises:
+        OptionError: if it is not.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise OptionError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def check_prior(prior: Any) -> None:
+    """Raise ``OptionError`` unless ``prior`` is a ``NIW`` or None."""
+    if prior is not None and not isinstance(prior, NIW):
+        raise OptionError(f"prior must be a NIW or None, got {prior!r}")
+
+
+def random_numbers(random_state: Any) -> np.random.RandomState:
+    """What draws random numbers.
+
+    Raises:
+        OptionError: if ``random_state`` is neither None, a seed, nor a ``RandomState``.
+    """
+    try:
+        return check_random_state(random_state)
+    except ValueError as error:
+        raise OptionError(
+            f"random_state must be None, a whole number from 0 to 2^32 - 1, or a RandomState, got {random_state!r}"
+        ) from error
 
 
 def check_number(name: str, value: Any, low: float) -> float:

@@ -144,7 +144,7 @@ def climb(
         parameters = update(statistics, parameters)
         if abs(lower_bounds[-1] - lower_bounds[-2]) < tol:
             return Fit(parameters, lower_bounds[-1], n_iter, True, lower_bounds[1:], statistics)
-    return Fit(parameters, lower_bounds[-1], max_iter, max_iter == 0, lower_bounds[1:], statistics)
+    return Fit(parameters, lower_bounds[-1], max_iter, False, lower_bounds[1:], statistics)
 
 
 def _strategy(rows: Rows, scores: Scores, algorithm: str, *, pooled: bool = False) -> Any:

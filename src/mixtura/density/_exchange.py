@@ -11,11 +11,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.errors import OptionError, ShapeError
 from mixtura.density._base import MixtureBase
-from mixtura.density._checks import as_numpy
 from mixtura.density._parameters import precision_roots
+from mixtura.density._tables import as_numpy
 from mixtura.density.families import ALIASES, find_family
 
 Floats = NDArray[np.floating]
+ROUNDING = 1e-5  # of the largest covariance: what float32 leaves of symmetry
 SKLEARN_TYPES = {family: alias for alias, family in ALIASES.items()}
 
 
@@ -34,7 +35,7 @@ class Exchange(MixtureBase):
 
         Raises:
             ShapeError: if shapes disagree.
-            OptionError: if weights are not weights.
+            OptionError: if weights are not weights, or covariances not symmetric.
             SingularComponentError: if a covariance is not positive definite.
         """
         weights_K, means_KD, given = (np.asarray(as_numpy(one), dtype=float) for one in (weights, means, covariances))
@@ -50,6 +51,8 @@ class Exchange(MixtureBase):
         if not np.isfinite(means_KD).all():
             raise OptionError("means must be finite")
         self = cls(K, covariance=family.name)  # type: ignore[call-arg]
+        if given.ndim == 3 and not (np.abs(given - given.swapaxes(1, 2)) <= ROUNDING * np.abs(given).max()).all():
+            raise OptionError("covariances must be symmetric and finite")
         if family.diagonal != (given.ndim == 2):
             given = np.diagonal(given, 0, 1, 2) if given.ndim == 3 else given[:, :, None] * np.eye(D)
         precision_roots(given)

@@ -25,7 +25,7 @@ from mixtura.density.families import find_family
 from mixtura.density.priors import NIW
 
 FORMAT = "mixtura.density/1"
-NOTES = ("noise_log_density_", "n_iter_", "converged_", "lower_bound_")
+NOTES = ("noise_log_density_", "n_iter_", "converged_", "lower_bound_", "lower_bounds_")
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -40,11 +40,16 @@ class Saved:
         """Write parameters and options to one safetensors file, whole or not at all.
 
         Raises:
-            OptionError: if there are constraints or a random generator among the options, which are not kept in files.
+            OptionError: if there are constraints or a random generator among the options, which are not kept in files,
+                or if options were changed after the fit, so that they say other than what was fitted.
         """
         from safetensors.numpy import save_file
 
         check_is_fitted(self)
+        try:
+            self._check_state()
+        except ValueError as error:
+            raise OptionError(f"what is fitted is not what the options say; fit again before save: {error}") from error
         tensors = _prefixed("state", self._state._asdict())
         stream = getattr(self, "_stream", None)
         about = {
@@ -113,7 +118,10 @@ class SavedMixture(Saved, MixtureBase):
         K, D = self.means_.shape
         shape = (K, D) if find_family(self.covariance).diagonal else (K, D, D)
         if self.n_components != K or self.weights_.shape != (K,) or self._covariances.shape != shape:
-            raise ValueError("parameters have other shapes than the options say")
+            raise ValueError(
+                f"n_components={self.n_components} and covariance={self.covariance!r} do not go with means of shape "
+                f"{self.means_.shape} and covariances of shape {self._covariances.shape}"
+            )
         if not np.isclose(self.weights_.sum() + self.noise_weight_, 1) or not np.isfinite(self.means_).all():
             raise ValueError("weights or means are not those of a mixture")
         precision_roots(self._covariances)
@@ -154,6 +162,6 @@ def _options(mixture: Any, tensors: Tensors) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     raise TypeError(f"{type(value).__name__} is not a number or a word")

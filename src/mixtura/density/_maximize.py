@@ -15,7 +15,8 @@ from mixtura.density.families import Family, fit_covariances
 from mixtura.density.priors import NIW
 
 Floats = NDArray[np.floating]
-TINY_COUNT = 10 * np.finfo(np.float64).eps  # as in scikit-learn: a component without rows divides by this
+# As in scikit-learn: a component without rows divides by this; by less if the weights of all rows sum to less than 1.
+TINY_COUNT = 10 * np.finfo(np.float64).eps
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Model:
 
     Attributes:
         family: of the covariances.
-        reg_covar: added to the diagonal of every component's covariance before the family is fitted.
+        reg_covar: added to the diagonal of every component's covariance before the family is fitted; a number, or (D,).
         prior: resolved, or None.
         weight_concentration: of a Dirichlet prior on the weights, at least 1, or None for maximum likelihood.
         constraints: applied in the order of their stages.
     """
 
     family: Family
-    reg_covar: float = 0.0
+    reg_covar: Any = 0.0
     prior: NIW | None = None
     weight_concentration: float | None = None
     constraints: Sequence[Any] = ()
@@ -48,7 +49,7 @@ class MaximizationStep:
     @property
     def count_K(self) -> Floats:
         """Responsibilities of the components, summed."""
-        return self.statistics.count_K + TINY_COUNT
+        return self.statistics.count_K + TINY_COUNT * min(1.0, self.statistics.weight)
 
     def weights(self) -> tuple[Floats, float]:
         """Weights of the components, and of the noise."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from mixtura.core.errors import OptionError
@@ -20,7 +18,7 @@ def log_uniform_density(rows: Rows) -> float:
         OptionError: if the data have no volume.
     """
     rows = fill_means(rows)
-    _, axes_DD = np.linalg.eigh(data_moments(replace(rows, weights_N=None))[1])
+    _, axes_DD = np.linalg.eigh(data_moments(rows)[1])
     both_DA = np.hstack([np.eye(rows.D), axes_DD])
     low_A, high_A = np.full(2 * rows.D, np.inf), np.full(2 * rows.D, -np.inf)
     for part in rows.slices(4 * rows.D):

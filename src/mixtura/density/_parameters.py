@@ -129,5 +129,6 @@ def _refuse(singular_K: NDArray[np.bool_]) -> None:
         k = int(np.flatnonzero(singular_K)[0])
         raise SingularComponentError(
             f"component {k} has a covariance that is not positive definite: it holds too few distinct rows, or columns "
-            "depend on each other; use fewer components, a family with fewer parameters, a larger reg_covar, or a prior"
+            "depend on each other; use fewer components, a family with fewer parameters, a larger reg_covar, or a "
+            "prior with a psi"
         )

@@ -207,5 +207,5 @@ def assign(rows: Rows, prior: NIW, start_N: Groups, K: int, iterations: int) -> 
     mixture = GaussianMixture(K, prior=prior, init=start_N, max_iter=iterations, tol=1e-4, reg_covar=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # it is not meant to converge
-        mixture.fit(rows.data_ND, rows.labels, sample_weight=rows.weights_N)
+        mixture.fit(rows.data_ND, labels=rows.labels, sample_weight=rows.weights_N)
     return _init.keep_labels(mixture.predict(rows.data_ND), rows.labels)

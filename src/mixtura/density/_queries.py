@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.errors import OptionError, ShapeError
 from mixtura.density._base import MixtureBase
-from mixtura.density._checks import as_numpy, check_table, check_whole_number
+from mixtura.density._checks import check_whole_number, random_numbers
 from mixtura.density._em import normalize
 from mixtura.density._hidden import patterns
 from mixtura.density._parameters import LOG_2PI, Parameters, cholesky_factors, safe_log
+from mixtura.density._tables import as_numpy, check_table
 from mixtura.density.batch import GaussianMixtureBatch
 from mixtura.density.constraints import check_constraints
 from mixtura.density.families import find_family
@@ -61,9 +61,10 @@ class Queries(MixtureBase):
 
     def icl(self, X: Any, sample_weight: Any = None) -> float:
         """Integrated completed likelihood: BIC less twice the log probability of each row's component."""
+        bic = self.bic(X, sample_weight)
         certainty_N = np.log(self.predict_proba(X).max(1).astype(np.float64))
         weights_N = np.ones(len(certainty_N)) if sample_weight is None else np.asarray(as_numpy(sample_weight), float)
-        return self.bic(X, sample_weight) - 2 * float(weights_N @ certainty_N)
+        return bic - 2 * float(weights_N @ certainty_N)
 
     def sample(self, n_samples: int = 1) -> tuple[Floats, NDArray[np.intp]]:
         """Draw rows, and the component of each, in the order of components.
@@ -75,7 +76,7 @@ class Queries(MixtureBase):
         check_whole_number("n_samples", n_samples, 1)
         if self.noise_log_density_ is not None:
             raise OptionError("a mixture with a noise component cannot be sampled")
-        rng = check_random_state(self.random_state)
+        rng = random_numbers(self.random_state)
         counts_K = rng.multinomial(n_samples, self.weights_ / self.weights_.sum())
         component_N = np.repeat(np.arange(len(counts_K)), counts_K)
         factors_KDD = cholesky_factors(self.covariances_)
@@ -86,7 +87,7 @@ class Queries(MixtureBase):
         """The mixture of some of the columns, in the order given.
 
         Raises:
-            OptionError: if there is a noise component, or a column does not exist or comes twice.
+            OptionError: if there is a noise component, no column, or one that does not exist or comes twice.
         """
         from mixtura.density.gaussian_mixture import GaussianMixture
 
@@ -94,6 +95,8 @@ class Queries(MixtureBase):
         if self.noise_log_density_ is not None:
             raise OptionError("a mixture with a noise component has no marginal")
         index = check_columns("columns", columns, self.means_.shape[1])
+        if not len(index):
+            raise OptionError("columns must name at least one, got none")
         covariances = self._covariances[:, index]
         covariances = covariances if covariances.ndim == 2 else covariances[:, :, index]
         family = marginal_family(self.covariance)
@@ -110,13 +113,15 @@ class Queries(MixtureBase):
             A mixture for each row, of the remaining columns in their order.
 
         Raises:
-            OptionError: if there is a noise component, or a column does not exist.
+            OptionError: if there is a noise component, a column does not exist, or none remains.
             ShapeError: if X_given has another width.
         """
         check_is_fitted(self)
         if self.noise_log_density_ is not None:
             raise OptionError("a mixture with a noise component has no conditional")
         g = check_columns("given", given, self.means_.shape[1])
+        if len(g) == self.means_.shape[1]:
+            raise OptionError(f"given must leave a column to ask for, got all {len(g)}")
         X_given = np.asarray(as_numpy(X_given), dtype=float)
         if X_given.ndim != 2 or X_given.shape[1] != len(g):
             raise ShapeError(f"X_given must be (N, {len(g)}), got {X_given.shape}")
@@ -135,7 +140,7 @@ class Queries(MixtureBase):
         check_is_fitted(self)
         if how not in ("mean", "sample"):
             raise OptionError(f"how must be 'mean' or 'sample', got {how!r}")
-        rng = check_random_state(random_state)
+        rng = random_numbers(random_state)
         data_ND = np.array(check_table(self, X, reset=False))
         for observed_D, index in patterns(data_ND):
             if not observed_D.all():
@@ -160,7 +165,8 @@ def check_columns(name: str, columns: Sequence[int], D: int) -> NDArray[np.intp]
     Raises:
         OptionError: if one does not exist or comes twice.
     """
-    index = np.asarray(columns if len(columns) else np.empty(0, int))
+    index = np.asarray(columns)
+    index = index if index.size else index.astype(int)
     if index.ndim != 1 or index.dtype.kind not in "iu" or (index < 0).any() or (index >= D).any():
         raise OptionError(f"{name} must be indices of columns in 0 .. {D - 1}, got {columns!r}")
     if len(np.unique(index)) < len(index):

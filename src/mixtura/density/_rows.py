@@ -70,7 +70,7 @@ class Rows:
 
     @cached_property
     def frame(self) -> Frame:
-        """Mean and standard deviation of each column over its observed values; 0 and 1 where there are none or one."""
+        """Weighted mean and deviation of each column over its observed values; 0 and 1 where there are none or one."""
         if self.given_frame is not None:
             return self.given_frame
         shift_D, scale_D = np.zeros(self.D), np.ones(self.D)
@@ -79,12 +79,19 @@ class Rows:
         return Frame(shift_D, scale_D)
 
     def _frame_column(self, column: int, shift_D: Floats, scale_D: Floats) -> None:
-        values_N = self.data_ND[:, column]
-        values_N = values_N[~np.isnan(values_N)] if self.incomplete else values_N
-        if len(values_N):
-            shift_D[column] = values_N.mean(dtype=np.float64)
-            spread = values_N.std(dtype=np.float64)
-            scale_D[column] = spread if spread > 0 else 1.0
+        values_N, weights_N = self.data_ND[:, column], self.weights_N
+        if self.incomplete:
+            known_N = ~np.isnan(values_N)
+            values_N, weights_N = values_N[known_N], None if weights_N is None else weights_N[known_N]
+        if not len(values_N):
+            return
+        if weights_N is None:
+            shift_D[column], spread = values_N.mean(dtype=np.float64), values_N.std(dtype=np.float64)
+        else:
+            shares_N = weights_N / weights_N.sum()
+            shift_D[column] = shares_N @ values_N
+            spread = np.sqrt(shares_N @ (values_N - shift_D[column]) ** 2)
+        scale_D[column] = spread if spread > 0 else 1.0
 
     @cached_property
     def scatter_DD(self) -> Floats:

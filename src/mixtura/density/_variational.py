@@ -71,7 +71,7 @@ class VariationalModel:
     prior: NIW
     weights: str
     concentration: float
-    reg_covar: float = 0.0
+    reg_covar: float | Floats = 0.0
 
     @property
     def shared(self) -> bool:

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
-from mixtura.core.errors import FileFormatError, MixturaError, OptionError, ShapeError
+from mixtura.core.errors import FileFormatError, MixturaError, MixturaWarning, OptionError, ShapeError
 from mixtura.core.files import write_file
 from mixtura.density._checks import check_number, check_whole_number
 from mixtura.density.gaussian_mixture import GaussianMixture
@@ -183,6 +183,7 @@ class ALPGMM:
     def _try(self, rows: Floats, K: int, seed: int) -> GaussianMixture | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # good enough for the next few tasks
+            warnings.simplefilter("ignore", MixturaWarning)  # reg_covar is meant for the unit box
             try:
                 return GaussianMixture(K, max_iter=100, random_state=seed).fit(rows)
             except MixturaError:  # fewer distinct tasks than components

@@ -32,11 +32,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.arrays import Array, is_torch
 from mixtura.core.errors import OptionError, ShapeError
-from mixtura.density._checks import as_numpy, check_noise, check_table
+from mixtura.density._checks import check_noise
 from mixtura.density._em import normalize
 from mixtura.density._hidden import Hidden
 from mixtura.density._parameters import scores_of
 from mixtura.density._rows import Rows
+from mixtura.density._tables import as_numpy, check_table
 
 Floats = NDArray[np.floating]
 Denoiser = Callable[[Array, Array], Array]

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils import check_random_state
 
-from mixtura.core.errors import ShapeError
+from mixtura.core.errors import OptionError, ShapeError
+from mixtura.density._checks import random_numbers
 from mixtura.density._em import normalize
 from mixtura.density._parameters import LOG_2PI, cholesky_factors, safe_log
+from mixtura.density._tables import as_numpy
 
 Floats = NDArray[np.floating]
 
@@ -54,11 +55,14 @@ class GaussianMixtureBatch:
 
         Raises:
             ShapeError: if it has another shape.
+            OptionError: if it is not finite.
         """
-        Y = np.asarray(Y, dtype=float)
+        Y = np.asarray(as_numpy(Y), dtype=float)
         N, _, D = self.means.shape
         if Y.shape != (N, D):
             raise ShapeError(f"Y must be ({N}, {D}), got {Y.shape}")
+        if not np.isfinite(Y).all():
+            raise OptionError("Y must be finite, got NaN or infinity")
         factors_KDD = cholesky_factors(self.covariances)
         white_KND = (Y - self.means.swapaxes(0, 1)) @ np.linalg.inv(factors_KDD).swapaxes(1, 2)
         log_det_K = np.log(np.diagonal(factors_KDD, axis1=1, axis2=2)).sum(1)
@@ -67,7 +71,7 @@ class GaussianMixtureBatch:
 
     def sample(self, random_state: Any = None) -> Floats:
         """One draw from each mixture, (N, D)."""
-        rng = check_random_state(random_state)
+        rng = random_numbers(random_state)
         N, K, D = self.means.shape
         edges_NK = np.cumsum(self.weights, 1)
         component_N = (rng.uniform(size=(N, 1)) * edges_NK[:, -1:] > edges_NK).sum(1).clip(max=K - 1)

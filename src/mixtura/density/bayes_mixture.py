@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from mixtura.core.errors import OptionError, ShapeError
-from mixtura.density._checks import as_numpy, check_number, check_whole_number
+from mixtura.density._checks import check_number, check_whole_number
 from mixtura.density._parameters import safe_log
+from mixtura.density._tables import as_numpy
 
 Floats = NDArray[np.floating]
 

@@ -44,14 +44,14 @@ class BayesianGaussianMixture(Queries, SavedMixture, Fitting):
         n_components: K, the most components that may be used.
         covariance: a family with a conjugate prior: "EII", "VII", "EEI", "VVI", "EEE", "VVV", or scikit-learn's
             "full", "tied", "diag", "spherical".
-        weights: "process" for a Dirichlet process (sticks, the first components are the largest), "dirichlet" for a
-            Dirichlet distribution.
+        weights: "process" for a Dirichlet process (sticks, of which earlier components are expected to be longer; the
+            data may say otherwise, and components are not sorted), "dirichlet" for a Dirichlet distribution.
         weight_concentration: of it, in rows; small values leave more components empty; None for 1 / K.
         prior: ``NIW``; None for kappa 1, nu D, and mean and covariance of the data, as in scikit-learn.
-        reg_covar: added to the diagonal of covariances.
+        reg_covar: as in ``GaussianMixture``.
         init: as in ``GaussianMixture``.
         n_init: starts, of which the one with the highest bound is kept.
-        max_iter: iterations at most.
+        max_iter: iterations at most; 0 gives the start, of which ``lower_bound_`` is -inf.
         tol: of the lower bound per row, where iteration ends.
         algorithm: as in ``GaussianMixture``.
         batch_size: as in ``GaussianMixture``.
@@ -87,7 +87,7 @@ class BayesianGaussianMixture(Queries, SavedMixture, Fitting):
         weights: str = "process",
         weight_concentration: float | None = None,
         prior: NIW | None = None,
-        reg_covar: float = 1e-6,
+        reg_covar: Any = 1e-6,
         init: Any = "kmeans",
         n_init: int = 1,
         max_iter: int = 200,
@@ -143,6 +143,7 @@ class BayesianGaussianMixture(Queries, SavedMixture, Fitting):
 
     def _warm(self, rows: Rows) -> Posterior:
         self._check_same_shape(rows)
+        self._check_same_form(None)
         return self.posterior_
 
     def _start(self, rows: Rows, model: VariationalModel, rng: np.random.RandomState) -> Posterior:
@@ -159,6 +160,15 @@ class BayesianGaussianMixture(Queries, SavedMixture, Fitting):
 
     def _bound(self, model: VariationalModel, statistics: Statistics, posterior: Posterior) -> float:
         return (statistics.log_likelihood - divergence(posterior, model)) / statistics.weight
+
+    def _check_same_form(self, kept: Statistics | None) -> None:
+        super()._check_same_form(kept)
+        if len(self.posterior_.sticks) != (2 if self.weights == "process" else 1):
+            raise OptionError(f"weights={self.weights!r} cannot go on from the other kind; fit a new mixture")
+
+    def _check_state(self) -> None:
+        super()._check_state()
+        self._check_same_form(None)
 
     _state_type = Posterior
 

@@ -64,7 +64,7 @@ class MinWeight(Constraint):
 
     def check(self, K: int, D: int) -> None:
         """Between 0 and 1 / K."""
-        if not 0 <= self.minimum <= 1 / K:
+        if not isinstance(self.minimum, int | float | np.number) or not 0 <= self.minimum <= 1 / K:
             raise OptionError(f"MinWeight needs a minimum between 0 and 1/{K}, got {self.minimum!r}")
 
     def project(self, step: MaximizationStep, parameters: Parameters) -> Parameters:
@@ -170,7 +170,7 @@ class MaxConditionNumber(Constraint):
 
     def check(self, K: int, D: int) -> None:
         """At least 1."""
-        if not self.limit >= 1:
+        if not isinstance(self.limit, int | float | np.number) or not self.limit >= 1:
             raise OptionError(f"MaxConditionNumber needs a limit of at least 1, got {self.limit!r}")
 
     def project(self, step: MaximizationStep, parameters: Parameters) -> Parameters:
@@ -210,8 +210,8 @@ def clip_eigenvalues(values_D: Floats, limit: float) -> Floats:
     return clipped[np.argmin((np.log(clipped) + values_D / clipped).sum(1))]
 
 
-def check_constraints(constraints: Any, K: int, D: int) -> list[Any]:
-    """Constraints as a list, each checked.
+def check_constraints(constraints: Any, K: int | None = None, D: int | None = None) -> list[Any]:
+    """Constraints as a list, each checked; against K and D if these are given.
 
     Raises:
         OptionError: if something is not a constraint, or does not suit the mixture.
@@ -228,7 +228,7 @@ def check_constraints(constraints: Any, K: int, D: int) -> list[Any]:
     for constraint in given:
         if not isinstance(constraint, Constraint | Link):
             raise OptionError(f"constraints must hold objects of mixtura.density.constraints, got {constraint!r}")
-        if isinstance(constraint, Constraint):
+        if isinstance(constraint, Constraint) and K is not None and D is not None:
             constraint.check(K, D)
     return given
 

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.core.errors import OptionError, ShapeError
-from mixtura.density._checks import as_numpy, check_number, check_whole_number
+from mixtura.density._checks import check_number, check_whole_number
 from mixtura.density._parameters import cholesky_factors
+from mixtura.density._tables import as_numpy
 from mixtura.density.gaussian_mixture import GaussianMixture
 
 

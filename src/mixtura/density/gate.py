@@ -13,8 +13,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.errors import OptionError
 from mixtura.core.routing import Routing, dense
-from mixtura.density._checks import as_numpy, check_whole_number
+from mixtura.density._checks import check_whole_number
 from mixtura.density._parameters import Scores, precision_roots, safe_log
+from mixtura.density._tables import as_numpy
 
 if TYPE_CHECKING:
     from mixtura.nn.routers.gaussian_mixture_gate import GaussianMixtureRouter
@@ -51,7 +52,9 @@ def as_gate(mixture: Any, k: int | None = None, *, renormalize: float | None = 1
 
 
 def soft_labels(routing: Routing) -> NDArray[np.floating]:
-    """Gates of a routing as soft labels for ``fit``: (T, E); a token without an expert may be of any component.
+    """Gates of a routing as soft labels, (T, E), for ``fit(X, labels=...)``.
+
+    A token without an expert may be of any component.
 
     Args:
         routing: of numpy arrays or torch tensors; gates must not be negative.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mixtura.core.errors import OptionError
 from mixtura.density import _init
-from mixtura.density._checks import check_number
+from mixtura.density._checks import check_flag, check_number
 from mixtura.density._em import Fit, data_moments, expectation, fill_means, moments_of, threads
 from mixtura.density._exchange import Exchange
 from mixtura.density._files import SavedMixture
@@ -36,12 +36,13 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         n_components: K.
         covariance: one of mclust's 14 families ("EII" ... "VVV": volume, shape and orientation are Equal, Variable or
             the Identity), or scikit-learn's "full" (VVV), "tied" (EEE), "diag" (VVI), "spherical" (VII).
-        reg_covar: added to the diagonal of covariances.
+        reg_covar: added to the diagonal of covariances, in squared units of the data; a number, or one for each column,
+            (D,). A warning says where it is not small against the variance of a column.
         prior: ``NIW`` on means and covariances, or None for maximum likelihood.
         init: "kmeans", "whitened-kmeans", "hierarchical", "random", or responsibilities (N, K) or components (N,); with
             a noise component also (N, K + 1), its own last.
         n_init: starts, of which the likeliest result is kept.
-        max_iter: iterations at most.
+        max_iter: iterations at most; 0 gives the start, of which ``lower_bound_`` is -inf.
         tol: of the mean log likelihood, where iteration ends.
         weight_concentration: of a Dirichlet prior on the weights, at least 1, or None for maximum likelihood.
         noise_component: whether one more component is uniform over the region of the data; rows of it are -1.
@@ -72,7 +73,7 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         n_components: int = 1,
         *,
         covariance: str = "VVV",
-        reg_covar: float = 1e-6,
+        reg_covar: Any = 1e-6,
         prior: NIW | None = None,
         init: Any = "kmeans",
         n_init: int = 1,
@@ -105,6 +106,7 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         self.warm_start = warm_start
 
     def _check_options(self) -> int:
+        check_flag("noise_component", self.noise_component)
         if self.weight_concentration is not None:
             check_number("weight_concentration", self.weight_concentration, 1)
         return super()._check_options()
@@ -132,6 +134,14 @@ class GaussianMixture(Queries, Exchange, SavedMixture, Fitting):
         noise_weight = self.noise_weight_ or (FIRST_WEIGHT if self.noise_component else 0.0)
         weights_K = self.weights_ / self.weights_.sum() * (1 - noise_weight)
         return Parameters(weights_K, self.means_, covariances, noise_weight)
+
+    def _check_stream(self) -> None:
+        links = [one for one in check_constraints(self.constraints) if isinstance(one, Link)]
+        if links:
+            raise OptionError(
+                f"constraints of rows, as {type(links[0]).__name__}, do not go with partial_fit: the rows that they "
+                "number would be others in every batch"
+            )
 
     def _start(self, rows: Rows, model: Model, rng: np.random.RandomState) -> Parameters:
         K, noise_weight, init = self.n_components, 0.0, self.init

@@ -6,9 +6,10 @@ mixtures since):
 
     y(x) = sum_k p_k(x) (m_k^y + S_k^yx (S_k^xx)^-1 (x - m_k^x)),    p_k(x) ~ w_k N(x; m_k^x, S_k^xx)
 
-With one component this is ordinary least squares. The mean varies less than y does (over-smoothing: what x does not
-tell is averaged out), of which ``variance="global-corrected"`` is the remedy where predictions should look like
-outputs rather than be near them: each output is scaled about its mean until it varies over the training rows as y does.
+With one component this is ordinary least squares, but for ``reg_covar``. The mean varies less than y does
+(over-smoothing: what x does not tell is averaged out), of which ``variance="global-corrected"`` is the remedy where
+predictions should look like outputs rather than be near them: each output is scaled about its mean until it varies over
+the training rows as y does.
 
 Source: Kain and Macon, Spectral voice conversion for text-to-speech synthesis, ICASSP 1998; Toda, Black and Tokuda,
 Voice conversion based on maximum-likelihood estimation of spectral parameter trajectory, IEEE TASLP 15 (2007), for the
@@ -28,17 +29,20 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
 
 from mixtura.core.errors import OptionError, ShapeError
-from mixtura.density._checks import as_numpy, check_table
 from mixtura.density._files import Saved
 from mixtura.density._hidden import patterns
 from mixtura.density._parameters import Parameters
 from mixtura.density._queries import conditional_of
+from mixtura.density._rows import Rows
+from mixtura.density._tables import as_numpy, check_table
 from mixtura.density.batch import GaussianMixtureBatch
+from mixtura.density.families import find_family
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.priors import NIW
 
 Floats = NDArray[np.floating]
 VARIANCES = ("raw", "global-corrected")
+SMALL = 1e-6  # of a column's variance, added to it
 FLAT = 1e-9  # predictions that vary less than that, of what outputs do, do not vary
 CHUNK = 1 << 20  # numbers of the components' means of a chunk
 
@@ -73,7 +77,8 @@ class GaussianMixtureRegressor(RegressorMixin, MultiOutputMixin, Saved, BaseEsti
         covariance: a family as in ``GaussianMixture``. In diagonal families experts are constants.
         variance: "raw" for the conditional mean, which has the least squared error; "global-corrected" for predictions
             that vary as the outputs do.
-        reg_covar: added to the diagonal of covariances.
+        reg_covar: as in ``GaussianMixture``, of inputs, then outputs; None for a millionth of each column's variance,
+            so that units do not matter.
         prior: ``NIW`` of the joint mixture, or None.
         init: as in ``GaussianMixture``; whitening is the default, since units of inputs and outputs differ.
         n_init: starts, of which the likeliest result is kept.
@@ -96,7 +101,7 @@ class GaussianMixtureRegressor(RegressorMixin, MultiOutputMixin, Saved, BaseEsti
         *,
         covariance: str = "VVV",
         variance: str = "raw",
-        reg_covar: float = 1e-6,
+        reg_covar: Any = None,
         prior: NIW | None = None,
         init: Any = "whitened-kmeans",
         n_init: int = 1,
@@ -132,8 +137,11 @@ class GaussianMixtureRegressor(RegressorMixin, MultiOutputMixin, Saved, BaseEsti
         y_NR, flat = _outputs(self, y, len(data_ND))
         weights_N = _check_sample_weight(as_numpy(sample_weight), data_ND, dtype=np.float64, ensure_non_negative=True)
         options = {name: value for name, value in self.get_params(deep=False).items() if name != "variance"}
+        joint_NC = np.hstack([data_ND, y_NR])
+        if self.reg_covar is None:
+            options["reg_covar"] = _small_variances(joint_NC, weights_N)
         mixture = GaussianMixture(**options)
-        mixture.fit(np.hstack([data_ND, y_NR]), sample_weight=None if sample_weight is None else weights_N)
+        mixture.fit(joint_NC, sample_weight=None if sample_weight is None else weights_N)
         self.n_iter_, self.converged_, self.lower_bound_ = mixture.n_iter_, mixture.converged_, mixture.lower_bound_
         own = _own_moments(_means(mixture.parameters_, data_ND), y_NR, weights_N)
         joint = mixture.parameters_
@@ -203,7 +211,13 @@ class GaussianMixtureRegressor(RegressorMixin, MultiOutputMixin, Saved, BaseEsti
 
     def _check_state(self) -> None:
         if self.n_components != len(self.mixture_.weights_):
-            raise ValueError("parameters have other shapes than the options say")
+            raise ValueError(
+                f"n_components={self.n_components} does not go with {len(self.mixture_.weights_)} components"
+            )
+        if find_family(self.covariance) != find_family(self.mixture_.covariance):
+            raise ValueError(
+                f"covariance={self.covariance!r} does not go with a mixture of {self.mixture_.covariance!r}"
+            )
 
     _state_type = Regression
 
@@ -228,6 +242,14 @@ def _outputs(estimator: Any, y: Any, N: int) -> tuple[Floats, bool]:
     if y.ndim not in (1, 2) or len(y) != N:
         raise ShapeError(f"y must be ({N},) or ({N}, R), as X has {N} rows, got {y.shape}: inconsistent lengths")
     return y.reshape(N, -1), y.ndim == 1
+
+
+def _small_variances(joint_NC: Floats, weights_N: Floats) -> Floats:
+    """A small part of the variance of each column, and of 1 where there is none, (D + R,)."""
+    rows = Rows(joint_NC[weights_N > 0], weights_N[weights_N > 0])
+    variances_C = rows.frame.scale_D**2
+    variances_C[rows.known_columns()[1]] = 1.0
+    return SMALL * variances_C
 
 
 def _own_moments(found_NR: Floats, y_NR: Floats, weights_N: Floats) -> tuple[Floats, Floats, Floats]:

@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from mixtura.core.errors import OptionError
-from mixtura.density._checks import as_numpy, check_number, check_whole_number
+from mixtura.density._checks import check_number, check_whole_number, random_numbers
 from mixtura.density._init import check_responsibilities
 from mixtura.density._membership import Relaxed, solve
+from mixtura.density._tables import as_numpy, as_table
 
 Floats = NDArray[np.floating]
 Labels = NDArray[np.intp]
@@ -98,10 +98,10 @@ class LikelihoodAdjustedSDP(ClusterMixin, BaseEstimator):
         Raises:
             OptionError: naming the argument, or if there are fewer rows than clusters.
         """
-        data_ND = validate_data(self, as_numpy(X), dtype=np.float64)
+        data_ND = validate_data(self, as_table(X), dtype=np.float64)
         N = len(data_ND)
         K, everything = self._check_options(N), self.max_rows >= N
-        rng = check_random_state(self.random_state)
+        rng = random_numbers(self.random_state)
         seen = np.arange(N) if everything else np.sort(rng.choice(N, self.max_rows, replace=False))
         if isinstance(self.init, str):
             labels = kmeans_sdp(data_ND[seen], K, self.solver_max_iter, self.solver_tol, rng)
@@ -140,7 +140,7 @@ class LikelihoodAdjustedSDP(ClusterMixin, BaseEstimator):
     def predict(self, X: Any) -> Labels:
         """The likeliest cluster of each row, (N,)."""
         check_is_fitted(self)
-        data_ND = validate_data(self, as_numpy(X), dtype=np.float64, reset=False)
+        data_ND = validate_data(self, as_table(X), dtype=np.float64, reset=False)
         return _losses(data_ND, self.means_, self.covariances_).argmin(0)
 
     def _check_options(self, N: int) -> int:
@@ -175,7 +175,7 @@ def kmeans_sdp(X: Any, n_clusters: int, max_iter: int = 2000, tol: float = 1e-3,
     costs = squared_differences(data_ND)[None] / 2
     found = solve(costs, np.array([float(K)]), max_iter=max_iter, tol=tol)
     _, vectors = np.linalg.eigh(found.Z_GNN[0])
-    rng = check_random_state(random_state)
+    rng = random_numbers(random_state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # rows that are the same: fewer clusters than asked for
         return KMeans(K, n_init=10, random_state=rng).fit_predict(vectors[:, -K:]).astype(np.intp)

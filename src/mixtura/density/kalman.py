@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.errors import OptionError, ShapeError
-from mixtura.density._checks import as_numpy
 from mixtura.density._parameters import cholesky_factors, safe_log
+from mixtura.density._tables import as_numpy
 from mixtura.density.gaussian_mixture import GaussianMixture
 
 Floats = NDArray[np.floating]

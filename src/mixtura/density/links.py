@@ -3,6 +3,8 @@
 Rows that must link are one draw of the component: their log scores add up. A pair that cannot link has the joint
 distribution of its two components without the diagonal. Source: Shental et al., Computing Gaussian mixture models
 with EM using equivalence constraints, NIPS 2003.
+
+Pairs number the rows of ``fit``; a stream of batches (``partial_fit``) takes none.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
 
 from mixtura.core.errors import OptionError, ShapeError
-from mixtura.density._checks import as_numpy
+from mixtura.density._tables import as_numpy
 
 Floats = NDArray[np.floating]
 

@@ -12,8 +12,8 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.errors import OptionError
-from mixtura.density._checks import check_table
 from mixtura.density._pictures import column_names, curves, find_column, order_of_rows, outlines, reach
+from mixtura.density._tables import check_table
 
 Column = int | str
 

@@ -16,9 +16,9 @@ from sklearn.utils.validation import check_is_fitted
 from mixtura.core.errors import OptionError, ShapeError
 from mixtura.core.files import write_file
 from mixtura.density._base import MixtureBase
-from mixtura.density._checks import as_numpy, check_table
 from mixtura.density._pictures import column_names, curves, outlines
 from mixtura.density._svg import Plot, color, color_style
+from mixtura.density._tables import as_numpy, check_table
 from mixtura.density._words import Component, cautions, choice_words, components_of, family_words
 from mixtura.density.search import MixtureSearch
 

@@ -14,13 +14,14 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.errors import MixturaWarning, OptionError, ShapeError
 from mixtura.density import _init
 from mixtura.density._candidates import Candidate, Table, distinct_families, try_size
-from mixtura.density._checks import as_numpy, check_labels, check_table, check_whole_number
+from mixtura.density._checks import check_whole_number, random_numbers
+from mixtura.density._labels import check_labels, refuse_labels_in_y
+from mixtura.density._tables import as_numpy, check_table
 from mixtura.density.families import FAMILIES, Family, find_family
 from mixtura.density.gaussian_mixture import GaussianMixture
 
@@ -75,20 +76,23 @@ class MixtureSearch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMi
         self.n_jobs = n_jobs
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, labels: Any = None) -> Self:
         """Fit every candidate and keep the best.
 
         Args:
             X: (N, D); NaN where a value is missing.
-            y: as in ``GaussianMixture.fit``.
+            y: ignored, as in ``GaussianMixture.fit``.
             sample_weight: (N,).
+            labels: as in ``GaussianMixture.fit``; sizes with fewer components than there are classes are not tried, and
+                with probabilities of K components only K is.
 
         Raises:
             OptionError: naming the argument, or if no candidate could be fitted.
         """
         sizes, families, inits = self._check_options()
         data_ND = check_table(self, X, reset=True)
-        labels, sizes = _labels(y, len(data_ND), sizes)
+        refuse_labels_in_y(y, sizes)
+        labels, sizes = _labels(labels, len(data_ND), sizes)
         table = Table(data_ND, labels, as_numpy(sample_weight), self.criterion, self.cv, self._seed())
         base = GaussianMixture(tol=1e-5, max_iter=1000, reg_covar=0) if self.mixture is None else self.mixture
         tasks = [(K, distinct_families(families, K, data_ND.shape[1]), init) for init in inits for K in sizes]
@@ -99,7 +103,7 @@ class MixtureSearch(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMi
         return self
 
     def _seed(self) -> int:
-        return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        return int(random_numbers(self.random_state).randint(np.iinfo(np.int32).max))
 
     def _check_options(self) -> tuple[list[int], list[Family], list[str]]:
         given = [self.n_components] if np.ndim(self.n_components) == 0 else self.n_components
@@ -186,16 +190,16 @@ def _names(given: str | Iterable[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def _labels(y: Any, N: int, sizes: list[int]) -> tuple[NDArray[Any] | None, list[int]]:
+def _labels(labels: Any, N: int, sizes: list[int]) -> tuple[NDArray[Any] | None, list[int]]:
     """Checked labels, and the sizes that have a component for each of them."""
-    if y is None:
+    if labels is None:
         return None, sizes
-    y = np.asarray(as_numpy(y))
-    soft = y.ndim == 2 and y.shape[1] > 1
-    labels = check_labels(y, N, y.shape[1] if soft else sizes[-1])
+    labels = np.asarray(as_numpy(labels))
+    soft = labels.ndim == 2 and labels.shape[1] > 1
+    labels = check_labels(labels, N, labels.shape[1] if soft else sizes[-1])
     if labels is None:
         return None, sizes
     fitting = [K for K in sizes if (labels.shape[1] == K if soft else labels.max() < K)]
     if not fitting:
-        raise ShapeError(f"y has {labels.shape[1]} columns, and no n_components tried is as large")
+        raise ShapeError(f"labels have {labels.shape[1]} columns, and no n_components tried is as large")
     return labels, fitting

@@ -33,15 +33,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClusterMixin
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from mixtura.core.errors import OptionError, ShapeError
+from mixtura.core.errors import OptionError
 from mixtura.density import _init
-from mixtura.density._checks import as_numpy, check_labels, check_number, check_rows, check_whole_number
+from mixtura.density._checks import check_number, check_prior, check_rows, check_whole_number, random_numbers
 from mixtura.density._em import data_moments
+from mixtura.density._labels import check_labels
 from mixtura.density._partition import Judge, Partition, merge, settle, split
 from mixtura.density._rows import Rows
+from mixtura.density._tables import as_table
 from mixtura.density.gaussian_mixture import GaussianMixture
 from mixtura.density.priors import NIW
 
@@ -110,21 +111,21 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
             OptionError, ShapeError: naming the argument.
         """
         self._check_options()
-        data_ND = validate_data(self, as_numpy(X), dtype=[np.float64, np.float32])
-        rows, known = self._rows(data_ND, y, sample_weight)
+        data_ND = validate_data(self, as_table(X), dtype=[np.float64, np.float32])
+        rows, known = self._rows(X, y, sample_weight)
         K = self._first_size(len(known), rows)
         judge = Judge(rows, self._resolve_prior(rows), float(self.alpha), float(self.min_rows))
-        rng = check_random_state(self.random_state)
+        rng = random_numbers(self.random_state)
         found = [self._search(judge, K, rng) for _ in range(self.n_init)]
         best, self.log_joint_, self.sizes_, self.converged_ = max(found, key=lambda one: one[1])
         self.n_iter_, self.n_components_ = len(self.sizes_), best.K
         self.mixture_ = GaussianMixture(
             best.K, prior=judge.prior, init=best.groups_N, max_iter=1000, tol=self.tol, reg_covar=0
         )
-        self.mixture_.fit(rows.data_ND, rows.labels, sample_weight=rows.weights_N)
+        self.mixture_.fit(rows.data_ND, labels=rows.labels, sample_weight=rows.weights_N)
         after = int(known[-1]) + 1 if len(known) else 0
         self.classes_ = np.concatenate([known, after + np.arange(best.K - len(known))]).astype(np.intp)
-        self.labels_ = self.predict(data_ND)
+        self.labels_ = self.classes_[self.mixture_.predict(data_ND)]
         if rows.labels is not None:
             at = np.arange(len(data_ND)) if rows.kept_N is None else np.flatnonzero(rows.kept_N)
             given = rows.labels >= 0
@@ -148,28 +149,27 @@ class SplitMergeMixture(ClusterMixin, BaseEstimator):
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Mean log density of the rows, weighted."""
-        return float(np.average(self.score_samples(X), weights=as_numpy(sample_weight)))
+        data_ND = self._checked(X)
+        return self.mixture_.score(data_ND, sample_weight=sample_weight)
 
     def _checked(self, X: Any) -> Floats:
         check_is_fitted(self)
-        return validate_data(self, as_numpy(X), dtype=[np.float64, np.float32], reset=False)
+        return validate_data(self, as_table(X), dtype=[np.float64, np.float32], reset=False)
 
     def _check_options(self) -> None:
         check_whole_number("n_init", self.n_init, 1)
         check_whole_number("max_iter", self.max_iter, 1)
         check_whole_number("min_rows", self.min_rows, 0)
         check_number("tol", self.tol, 0)
+        check_prior(self.prior)
         check_number("alpha", self.alpha, np.finfo(float).tiny)
         if self.n_components_init is not None:
             check_whole_number("n_components_init", self.n_components_init, 1)
 
-    def _rows(self, data_ND: Floats, y: Any, sample_weight: Any) -> tuple[Rows, NDArray[np.intp]]:
+    def _rows(self, X: Any, y: Any, sample_weight: Any) -> tuple[Rows, NDArray[np.intp]]:
         """Rows whose labels are 0, 1, ... in the order of the known classes, and those classes."""
-        y = None if y is None else np.asarray(as_numpy(y))
-        if y is not None and y.ndim == 2 and y.shape[1] != 1:
-            raise ShapeError(f"y must have one label for each of {len(data_ND)} rows, got shape {y.shape}")
-        labels = check_labels(y, len(data_ND), np.iinfo(np.intp).max)
-        rows = check_rows(self, data_ND, None, sample_weight, K=1, reset=False)
+        rows = check_rows(self, X, sample_weight, K=1, reset=False)
+        labels = check_labels(y, rows.N if rows.kept_N is None else len(rows.kept_N), None, "y")
         if labels is None:
             return rows, np.empty(0, np.intp)
         labels = labels if rows.kept_N is None else labels[rows.kept_N]
