@@ -54,6 +54,15 @@ def test_what_lies_in_a_file_stays_there(tmp_path):
     assert mapped.sum() == 4 * MEGABYTE
 
 
+def test_tensors_that_share_memory_are_gathered_once():
+    whole = torch.ones(24 * MEGABYTE // 4)
+    parts = [*whole.split(8 * MEGABYTE // 4)]
+    pages = LargePages(parts).wait()
+    assert pages.size == whole.nbytes
+    assert 12 * MEGABYTE <= pages.gathered <= pages.size or pages.refusal
+    assert whole.eq(1).all()
+
+
 def test_accelerate_asks_for_them():
     model = mixtura.accelerate(own())
     size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -41,9 +41,9 @@ class LargePages:
         whole = {tensor.data_ptr(): tensor for tensor in tensors}.values()
         self.size = sum(tensor.nbytes for tensor in whole)
         self.gathered, self.refusal = 0, ""
-        references = [StorageWeakRef(tensor.untyped_storage()) for tensor in whole if tensor.nbytes >= _PAGE]
+        parts = [_Part.of(tensor) for tensor in whole if tensor.nbytes >= _PAGE]
         self._hurry = threading.Event()
-        self._thread = threading.Thread(target=self._gather, args=(references,), daemon=True)
+        self._thread = threading.Thread(target=self._gather, args=(parts,), daemon=True)
         self._thread.start()
 
     def wait(self) -> LargePages:
@@ -56,13 +56,13 @@ class LargePages:
         """``gathered``, ``size`` and ``refusal``."""
         return {"gathered": self.gathered, "size": self.size, "refusal": self.refusal}
 
-    def _gather(self, references: list[StorageWeakRef]) -> None:
+    def _gather(self, parts: list[_Part]) -> None:
         if not sys.platform.startswith("linux"):
             self.refusal = "large pages are asked for on Linux alone"
             return
         errors = set()
-        for reference in references:
-            for start, length in _pieces(reference):
+        for part in parts:
+            for start, length in _pieces(part):
                 begin = time.perf_counter()
                 error = _collapse(start, length)
                 self._hurry.wait(_REST * (time.perf_counter() - begin))
@@ -74,13 +74,26 @@ class LargePages:
             self.refusal = f"the system gathered nothing: {', '.join(sorted(errors))} (Linux 6.1 and later can)"
 
 
-def _pieces(reference: StorageWeakRef) -> Iterator[tuple[int, int]]:
-    """Address and bytes of whole pages of a storage, which lives until the next piece is asked for."""
+class _Part(NamedTuple):
+    """Where a tensor lies: a weak reference to the tensor itself would forbid to exchange it, as Module.to may do."""
+
+    storage: StorageWeakRef
+    offset: int
+    size: int  # both in bytes
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Part:
+        offset = tensor.storage_offset() * tensor.element_size()
+        return cls(StorageWeakRef(tensor.untyped_storage()), offset, tensor.nbytes)
+
+
+def _pieces(part: _Part) -> Iterator[tuple[int, int]]:
+    """Address and bytes of whole pages of a tensor, whose storage lives until the next piece is asked for."""
     done = 0
-    # a weak reference to the tensor itself would forbid to exchange it, as Module.to may do
-    while (storage := torch.UntypedStorage._new_with_weak_ptr(reference.cdata)) is not None:
-        place, size = storage.data_ptr(), storage.nbytes()
-        begin, end = -(-place // _PAGE) * _PAGE, (place + size) // _PAGE * _PAGE
+    while (storage := torch.UntypedStorage._new_with_weak_ptr(part.storage.cdata)) is not None:
+        place = storage.data_ptr() + part.offset
+        end = storage.data_ptr() + min(part.offset + part.size, storage.nbytes())
+        begin, end = -(-place // _PAGE) * _PAGE, end // _PAGE * _PAGE
         if begin + done >= end:
             return
         length = min(_PIECE, end - begin - done)
